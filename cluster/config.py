@@ -1,0 +1,316 @@
+"""Everything a user can set for a cluster, in one nested, frozen, validated configuration.
+
+A configuration comes from a YAML file and dotted overrides (`scheduler.max_num_seqs=8`). What is
+not known or not allowed is refused with the name of the field, the value, and what is allowed; a
+misspelt key is answered with the nearest one. Option names follow what vLLM users know.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+Count = Annotated[int, Field(ge=1, le=1 << 20)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names each wrong field."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class ParallelConfig(Section):
+    """Nodes, ranks per node, and how many consecutive ranks of a node share one attention."""
+
+    num_nodes: Annotated[int, Field(ge=1, le=4096)] = 1
+    ranks_per_node: Annotated[int, Field(ge=1, le=256)] = 1
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Ranks of one TP group, which is one DP replica. None: all ranks of a node."""
+
+    @model_validator(mode="after")
+    def _tensor_parallel_size_divides_a_node(self) -> Self:
+        if self.ranks_per_node % self.tp_size:
+            raise ValueError(
+                f"tensor_parallel_size must divide ranks_per_node: {self.ranks_per_node} % "
+                f"{self.tp_size} = {self.ranks_per_node % self.tp_size}, not 0"
+            )
+        return self
+
+    @property
+    def tp_size(self) -> int:
+        return self.tensor_parallel_size or self.ranks_per_node
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.ranks_per_node
+
+    @property
+    def num_replicas(self) -> int:
+        """Number of DP replicas: TP groups in the world."""
+        return self.world_size // self.tp_size
+
+
+class CommsConfig(Section):
+    """How tokens travel between ranks."""
+
+    all2all_backend: Literal["hierarchical", "flat"] = "hierarchical"
+    node_backend: Literal["shm", "gloo"] = "shm"
+    """Collectives inside a node: shared memory, or gloo everywhere."""
+    dispatch_dtype: Literal["bfloat16", "float8"] = "bfloat16"
+    """float8: e4m3 with one scale per 128 channels. bfloat16: rows as they are (fp32 stays fp32)."""
+    combine: Literal["node", "exact"] = "node"
+    """node: sums inside a node cross once. exact: every expert row returns; layout-independent."""
+    timeout_s: Seconds = 60.0
+
+
+class ExpertsConfig(Section):
+    """Physical copies of experts."""
+
+    num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 16)] = 0
+
+
+class CacheConfig(Section):
+    """The paged KV cache of each rank."""
+
+    block_size: Literal[1, 2, 4, 8, 16, 32, 64, 128] = 16
+    """Tokens of one block."""
+    num_blocks: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    """Blocks per rank. None: as many as fit into memory_gib."""
+    memory_gib: Annotated[float, Field(gt=0, le=4096)] = 0.25
+
+
+class SchedulerConfig(Section):
+    """Limits of one DP replica's steps, and of the whole front end's queue."""
+
+    max_num_seqs: Count = 32
+    max_num_batched_tokens: Count = 512
+    max_num_queued_reqs: Count = 256
+    """Requests waiting and running, all replicas together; one more is RESOURCE_EXHAUSTED."""
+
+    @model_validator(mode="after")
+    def _a_step_holds_one_token_of_every_sequence(self) -> Self:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                "max_num_batched_tokens must hold one token of every running sequence: "
+                f"{self.max_num_batched_tokens} < max_num_seqs = {self.max_num_seqs}"
+            )
+        return self
+
+
+class ServerConfig(Section):
+    """The gRPC front end and its limits."""
+
+    host: Annotated[str, Field(min_length=1, max_length=255)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 50_051
+    """0: any free port; `GrpcServer.start` returns it."""
+    max_message_mib: Annotated[int, Field(ge=1, le=256)] = 4
+    max_metadata_kib: Annotated[int, Field(ge=1, le=1024)] = 16
+    max_concurrent_rpcs: Count = 1024
+    default_max_tokens: Count = 256
+    """For requests that do not set max_tokens."""
+    max_stop_strings: Annotated[int, Field(ge=0, le=256)] = 16
+    max_stop_chars: Annotated[int, Field(ge=1, le=65_536)] = 256
+    max_stop_token_ids: Annotated[int, Field(ge=0, le=65_536)] = 128
+    max_buffered_tokens: Count = 4096
+    """Tokens kept for a client that does not read; beyond it that stream alone is ended."""
+    replica_timeout_s: Seconds = 60.0
+    """A request whose replica has sent nothing for this long fails with UNAVAILABLE."""
+    retry_after_s: Seconds = 1.0
+    """What RetryInfo tells a client whose request found the queue full."""
+    drain_timeout_s: Seconds = 30.0
+
+
+class RayConfig(Section):
+    """Where Ray places the ranks, and how long it may take."""
+
+    placement_strategy: Literal["PACK", "STRICT_SPREAD"] = "PACK"
+    """STRICT_SPREAD: one host per node. PACK: logical nodes may share a host."""
+    cpus_per_rank: Annotated[float, Field(ge=0, le=1024)] = 1.0
+    startup_timeout_s: Seconds = 300.0
+
+
+class ServeConfig(Section):
+    """One cluster that serves one model."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """A Hugging Face checkpoint directory."""
+    served_model_name: Annotated[str, Field(min_length=1)] | None = None
+    """Name that requests use. None: the directory's name."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    max_model_len: Annotated[int, Field(ge=2, le=1 << 24)] | None = None
+    """Longest prompt plus completion, in tokens. None: the checkpoint's own limit."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    parallel: ParallelConfig = ParallelConfig()
+    comms: CommsConfig = CommsConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    server: ServerConfig = ServerConfig()
+    ray: RayConfig = RayConfig()
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or Path(self.model).resolve().name
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
+        """Validate nested values after applying `a.b=c` overrides (c is read as YAML)."""
+        tree = _copy_tree(values)
+        for override in overrides:
+            _apply_override(tree, override)
+        unknown = [_describe_unknown(key) for key in _unknown_keys(cls, tree)]
+        if unknown:
+            raise ConfigError("\n".join(unknown))
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_describe(cls, e) for e in error.errors())) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file; raises ConfigError naming the file when it cannot be used."""
+        try:
+            values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a mapping of options, found {values!r:.100}")
+        try:
+            return cls.from_dict(values, overrides)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def to_yaml(self) -> str:
+        """Every option with the value in force; `from_yaml` of this text gives an equal config."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without repeated keys, of which plain YAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for idx, key in enumerate(keys):
+            if key in keys[:idx]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+def _copy_tree(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A section left empty in YAML (`parallel:`) reads as None and means its defaults."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        if value is None and _section_of(ServeConfig, str(key)):
+            continue
+        tree[str(key)] = _copy_tree(value) if isinstance(value, Mapping) else value
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(
+            f"override {override!r} is not of the form key=value or section.key=value"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {name} is a value, not a section")
+    tree[path[-1]] = value
+
+
+def _section_of(section: type[Section], name: str) -> type[Section] | None:
+    field = section.model_fields.get(name)
+    kind = field.annotation if field else None
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _unknown_keys(
+    section: type[Section], tree: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    for name, value in tree.items():
+        inner = _section_of(section, name)
+        if name not in section.model_fields:
+            yield prefix + name
+        elif inner and isinstance(value, Mapping):
+            yield from _unknown_keys(inner, value, f"{prefix}{name}.")
+
+
+def _known_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name in section.model_fields:
+        inner = _section_of(section, name)
+        if inner:
+            yield from _known_keys(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _describe_unknown(key: str) -> str:
+    """Prefer an option of the same last name (`max_num_seqs`), then the nearest spelling."""
+    known = [*ServeConfig.model_fields, *_known_keys(ServeConfig)]
+    leaf = key.rpartition(".")[2]
+    same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
+    near_leaf = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in known], 1, 0.75)
+    nearest = (
+        same_leaf
+        or difflib.get_close_matches(key, known, 1, 0.75)
+        or [k for k in known if near_leaf and k.rpartition(".")[2] == near_leaf[0]]
+        or difflib.get_close_matches(key, known, 1, 0.0)
+    )
+    return f"unknown key {key!r}: did you mean {nearest[0]!r}?"
+
+
+def _describe(config: type[Section], error: Any) -> str:
+    """One line for one of pydantic's errors: field, value, reason, allowed values."""
+    path = [str(part) for part in error["loc"]]
+    section: type[Section] = config
+    for name in path:
+        inner = _section_of(section, name)
+        if inner is None:
+            break
+        section = inner
+    reason = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{'.'.join(path)}: this option is required"
+    if error["type"] == "value_error":
+        return f"{'.'.join(path)}: {reason}"
+    field = next((section.model_fields[p] for p in path if p in section.model_fields), None)
+    name = ".".join(p for p in path if p.isidentifier() and p not in ("int", "float", "str"))
+    allowed = f" (allowed: {_allowed(field)})" if field else ""
+    return f"{name} = {error['input']!r:.100}: {reason}{allowed}"
+
+
+def _allowed(field: FieldInfo) -> str:
+    """The values that a field takes, in words: `'a' or 'b'`, `int, >= 1, <= 8, or null`."""
+    options: list[str] = []
+    annotation: Any = field.annotation
+    bounds = list(field.metadata)
+    for kind in get_args(annotation) or (annotation,):
+        if isinstance(kind, type):
+            options.append("null" if kind is type(None) else kind.__name__)
+        elif hasattr(kind, "__metadata__"):
+            options.append(get_args(kind)[0].__name__)
+            bounds.extend(m for info in kind.__metadata__ for m in getattr(info, "metadata", ()))
+        else:
+            options.append(repr(kind))
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "length >="}
+    limits = [f"{s} {getattr(b, n)}" for b in bounds for n, s in signs.items() if hasattr(b, n)]
+    return ", ".join([" or ".join(options), *limits])
