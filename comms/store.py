@@ -1,0 +1,31 @@
+"""The rendezvous: a key-value store that one process hosts and every rank connects to.
+
+The host binds port 0 and keeps the store open for as long as the cluster lives, so there is no
+moment at which another process can take the port.
+"""
+
+from datetime import timedelta
+
+from torch.distributed import TCPStore
+
+
+def host_store(host: str = "127.0.0.1", timeout_s: float = 60.0) -> tuple[TCPStore, str]:
+    """Open a store on a free port of `host`; returns it and its "host:port"."""
+    store = TCPStore(
+        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
+    return store, f"{host}:{store.port}"
+
+
+def connect_store(address: str, timeout_s: float = 60.0) -> TCPStore:
+    """Connect to the store at "host:port". Raises ValueError or torch's DistStoreError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f'a store address reads "host:port", got {address!r}')
+    return TCPStore(
+        host.strip("[]"),
+        int(port),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
