@@ -1,0 +1,1 @@
+"""The gRPC interface: .proto files, what is generated from them, and the generator."""

@@ -1,0 +1,1 @@
+"""Namespace of the published protocol; mirrors the proto package name."""
