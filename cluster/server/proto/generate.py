@@ -32,12 +32,9 @@ def generate(out_dir: Path) -> dict[str, str]:
     """Run protoc into out_dir; returns relative path -> text of every generated file."""
     descriptors_path = out_dir / "descriptors.bin"
     flags = [f"--{kind}={out_dir}" for kind in ("python_out", "pyi_out", "grpc_python_out")]
-    subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", f"-I{HERE}", *flags]
-        + [f"--descriptor_set_out={descriptors_path}", *SOURCES],
-        check=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{HERE}", *flags]
+    command += [f"--descriptor_set_out={descriptors_path}", *SOURCES]
+    subprocess.run(command, check=True, timeout=120)
     descriptors = descriptor_pb2.FileDescriptorSet.FromString(descriptors_path.read_bytes())
     files: dict[str, str] = {}
     for file in descriptors.file:

@@ -18,9 +18,7 @@ class ControlStub:
 # For grpc.aio channels; at run time this is the same class as above.
 class ControlAsyncStub:
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
-    GetServerInfo: grpc.aio.UnaryUnaryMultiCallable[
-        pb.GetServerInfoRequest, pb.GetServerInfoResponse
-    ]
+    GetServerInfo: grpc.aio.UnaryUnaryMultiCallable[pb.GetServerInfoRequest, pb.GetServerInfoResponse]
     GetModelInfo: grpc.aio.UnaryUnaryMultiCallable[pb.GetModelInfoRequest, pb.GetModelInfoResponse]
     GetLoads: grpc.aio.UnaryUnaryMultiCallable[pb.GetLoadsRequest, pb.GetLoadsResponse]
     Abort: grpc.aio.UnaryUnaryMultiCallable[pb.AbortRequest, pb.AbortResponse]
@@ -28,29 +26,21 @@ class ControlAsyncStub:
 
 class ControlServicer:
     async def GetServerInfo(
-        self,
-        request: pb.GetServerInfoRequest,
-        context: grpc.aio.ServicerContext[pb.GetServerInfoRequest, pb.GetServerInfoResponse],
+        self, request: pb.GetServerInfoRequest, context: grpc.aio.ServicerContext[pb.GetServerInfoRequest, pb.GetServerInfoResponse]
     ) -> pb.GetServerInfoResponse: ...
     async def GetModelInfo(
-        self,
-        request: pb.GetModelInfoRequest,
-        context: grpc.aio.ServicerContext[pb.GetModelInfoRequest, pb.GetModelInfoResponse],
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext[pb.GetModelInfoRequest, pb.GetModelInfoResponse]
     ) -> pb.GetModelInfoResponse: ...
     async def GetLoads(
-        self,
-        request: pb.GetLoadsRequest,
-        context: grpc.aio.ServicerContext[pb.GetLoadsRequest, pb.GetLoadsResponse],
+        self, request: pb.GetLoadsRequest, context: grpc.aio.ServicerContext[pb.GetLoadsRequest, pb.GetLoadsResponse]
     ) -> pb.GetLoadsResponse: ...
     async def Abort(
-        self,
-        request: pb.AbortRequest,
-        context: grpc.aio.ServicerContext[pb.AbortRequest, pb.AbortResponse],
+        self, request: pb.AbortRequest, context: grpc.aio.ServicerContext[pb.AbortRequest, pb.AbortResponse]
     ) -> pb.AbortResponse: ...
     async def Drain(
-        self,
-        request: pb.DrainRequest,
-        context: grpc.aio.ServicerContext[pb.DrainRequest, pb.DrainResponse],
+        self, request: pb.DrainRequest, context: grpc.aio.ServicerContext[pb.DrainRequest, pb.DrainResponse]
     ) -> pb.DrainResponse: ...
 
-def add_ControlServicer_to_server(servicer: ControlServicer, server: grpc.aio.Server) -> None: ...
+def add_ControlServicer_to_server(
+    servicer: ControlServicer, server: grpc.aio.Server
+) -> None: ...

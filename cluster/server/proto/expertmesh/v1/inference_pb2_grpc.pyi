@@ -22,19 +22,13 @@ class InferenceAsyncStub:
 
 class InferenceServicer:
     async def Generate(
-        self,
-        request: pb.GenerateRequest,
-        context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse],
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
     ) -> pb.GenerateResponse: ...
     def GenerateStream(
-        self,
-        request: pb.GenerateRequest,
-        context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateChunk],
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateChunk]
     ) -> AsyncIterator[pb.GenerateChunk]: ...
     async def Tokenize(
-        self,
-        request: pb.TokenizeRequest,
-        context: grpc.aio.ServicerContext[pb.TokenizeRequest, pb.TokenizeResponse],
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext[pb.TokenizeRequest, pb.TokenizeResponse]
     ) -> pb.TokenizeResponse: ...
 
 def add_InferenceServicer_to_server(
