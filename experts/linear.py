@@ -71,7 +71,8 @@ def stable_linear(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> T
             part = F.pad(part, (0, 0, 0, tile - part.shape[0]))
         outputs.append(F.linear(part, w_OI, bias_O))
         start += tile
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[:num_rows]
+    y_TO = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return y_TO if start == num_rows else y_TO[:num_rows]
 
 
 def stable_bmm(a_BMD: Tensor, b_BDN: Tensor) -> Tensor:

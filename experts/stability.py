@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CANDIDATE_TILES = (8, 16, 32, 64, 256)
+CANDIDATE_TILES = (8, 16, 24, 32, 48, 64, 128, 256)
 """Row counts a product may run with. 8 is the base; the others join where they equal it."""
 
 _MAX_PROBED_OUT_FEATURES = 8192  # beyond it kernels differ by O's remainder only, if at all
@@ -69,10 +69,15 @@ def stable_tiles(
     base = CANDIDATE_TILES[0]
     expected_TO = by_tiles(x_TI, base)
     for shift in range(1, base):
-        rolled = by_tiles(x_TI.roll(shift, dims=0), base)
-        if not torch.equal(rolled.roll(-shift, dims=0), expected_TO):
+        rolled = by_tiles(x_TI[:base].roll(shift, dims=0), base)
+        if not torch.equal(rolled.roll(-shift, dims=0), expected_TO[:base]):
             return (1,)
-    return tuple(t for t in CANDIDATE_TILES if torch.equal(by_tiles(x_TI, t), expected_TO))
+    usable = [base]
+    for tile in CANDIDATE_TILES[1:]:
+        rows = len(x_TI) // tile * tile
+        if torch.equal(by_tiles(x_TI[:rows], tile), expected_TO[:rows]):
+            usable.append(tile)
+    return tuple(usable)
 
 
 @cache
