@@ -145,6 +145,16 @@ def test_a_row_does_not_depend_on_its_batch(name, data):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_every_row_alone_is_as_in_the_batch(name):
+    _, gate, x_TH = build(name)
+    logits_TE = F.linear(x_TH, gate.weight_EH)
+    ids, weights = zip(*[gate.choose(row) for row in logits_TE.clone().split(1)], strict=True)
+    whole_ids, whole_weights = gate.choose(logits_TE)
+    assert torch.equal(torch.cat(ids), whole_ids)
+    assert torch.equal(torch.cat(weights), whole_weights)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_ties_go_to_the_lower_id(name):
     _, gate, _ = build(name)
     gate = Gate(gate.config, gate.weight_EH)  # a correction bias would break the ties
