@@ -1,0 +1,89 @@
+"""A request as the engine sees it: its tokens, how many of them are computed, and its KV blocks."""
+
+from array import array
+from collections.abc import Sequence as TokenIds
+from typing import Literal, NamedTuple
+
+from cluster.engine.plan import block_table
+from cluster.engine.sampling_params import SamplingParams
+
+__all__ = ["FinishReason", "SamplingParams", "Sequence", "TokenEvent"]
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class TokenEvent(NamedTuple):
+    """What one step did for one request; as a list it is the entry of a step's wire message."""
+
+    request_id: str
+    token_id: int | None = None
+    finish_reason: FinishReason | None = None
+    """None while the request goes on. With a reason this is the request's last event."""
+    stop_token_id: int | None = None
+    """Equal to `token_id` when that token ended the request: it counts, but is not shown."""
+    error: str | None = None
+
+
+class Sequence:
+    """Prompt and emitted tokens of one request.
+
+    Raises ValueError when the prompt is not a non-empty list of token ids below 2^31. The scheduler
+    owns everything but `request_id`, `token_ids` and `params`. A request that resumes elsewhere
+    comes with prompt + emitted tokens as its prompt and continues with the same tokens, because
+    sampling goes by absolute position.
+    """
+
+    __slots__ = (
+        "block_table",
+        "finish_reason",
+        "num_computed",
+        "num_prompt_tokens",
+        "params",
+        "request_id",
+        "seq_id",
+        "stop_token_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self, request_id: str, prompt_token_ids: TokenIds[int], params: SamplingParams
+    ) -> None:
+        _check_token_ids(prompt_token_ids)
+        self.request_id = request_id
+        self.params = params
+        self.stop_token_ids = frozenset(params.stop_token_ids)
+        self.token_ids: list[int] = list(prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed = 0
+        """Leading tokens whose keys and values are in the cache."""
+        self.block_table: array[int] = block_table()
+        self.finish_reason: FinishReason | None = None
+        self.seq_id = -1
+        """Order of arrival at the scheduler; -1 before."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and emitted tokens; also the absolute position of the next token."""
+        return len(self.token_ids)
+
+    @property
+    def num_emitted(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request_id!r}, {self.num_prompt_tokens} prompt + {self.num_emitted} "
+            f"emitted tokens, {self.num_computed} computed, {len(self.block_table)} blocks)"
+        )
+
+
+def _check_token_ids(token_ids: TokenIds[int]) -> None:
+    if len(token_ids) == 0:
+        raise ValueError("the prompt is empty: at least one token is needed")
+    try:
+        array("i", token_ids)  # the fastest check that all are integers below 2^31
+        lowest = min(token_ids)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"prompt token ids must be integers from 0 to 2^31 - 1: {error}") from None
+    if lowest < 0:
+        raise ValueError(f"prompt token ids must be at least 0, got {lowest}")
