@@ -1,0 +1,202 @@
+"""Brings a cluster up on Ray, watches it, and takes it down.
+
+Ray places the ranks (one bundle per node), starts them and tells us when one dies; it is never on
+the step path. Each rank's long `run()` call is its death sentinel: when one ends unasked, the
+whole gang has failed, because expert-parallel collectives need every rank.
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import ServeConfig
+from cluster.model.config import ModelConfig
+from cluster.server.gateway import Gateway
+from cluster.server.service import GrpcServer
+from cluster.server.tokenizer import load_tokenizer
+from cluster.worker import Worker
+from comms.topology import Topology
+
+PLACEMENT_TIMEOUT_S = 10.0
+LOOPBACK = "127.0.0.1"
+
+logger = logging.getLogger(__name__)
+
+
+class NotEnoughResourcesError(RuntimeError):
+    """The Ray cluster cannot hold the layout; the message says what is missing."""
+
+
+class Controller:
+    """One model's cluster: `start`, then `wait` until it fails or `stop` is called."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        parallel = config.parallel
+        self._topology = Topology(
+            num_nodes=parallel.num_nodes,
+            ranks_per_node=parallel.ranks_per_node,
+            tensor_parallel_size=parallel.tp_size,
+        )
+        self._placement_group: PlacementGroup | None = None
+        self._workers: list[Any] = []
+        self._sentinels: list[asyncio.Future[None]] = []
+        self._gateway: Gateway | None = None
+        self._server: GrpcServer | None = None
+        self._stopping = False
+        self._host = LOOPBACK
+        self._leader_addresses: list[str] = []
+
+    async def start(self) -> str:
+        """Place, load and connect every rank; returns the gRPC endpoint, `host:port`.
+
+        Raises NotEnoughResourcesError within about ten seconds when the layout cannot be placed, and
+        what a rank raised (a checkpoint error, say) when loading fails.
+        """
+        model_config = ModelConfig.from_dir(self._config.model)
+        try:
+            await self._place_workers()
+            await self._load_workers()
+            return await self._open_for_requests(model_config)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def wait(self) -> None:
+        """Return once `stop` has ended the ranks; raise what ended a rank before that."""
+        done, _ = await asyncio.wait(self._sentinels, return_when=asyncio.FIRST_COMPLETED)
+        if self._stopping:
+            await asyncio.wait(self._sentinels, timeout=self._config.server.drain_timeout_s)
+            return
+        failed = next(sentinel for sentinel in self._sentinels if sentinel in done)
+        reason = f"rank {self._sentinels.index(failed)} ended: {_cause(failed)}"
+        logger.error("%s", reason)
+        if self._gateway:
+            self._gateway.fail(reason)
+        raise RuntimeError(reason)
+
+    async def stop(self) -> None:
+        """Drain, stop the ranks and give the resources back. Safe to call twice."""
+        self._stopping = True
+        if self._gateway:
+            self._gateway.set_ready(False)
+            await self._gateway.drain()
+        if self._server:
+            await self._server.stop()
+        if self._gateway:
+            await self._gateway.stop()
+        if self._sentinels:
+            await asyncio.wait(self._sentinels, timeout=5.0)
+        for worker in self._workers:
+            ray.kill(worker)
+        if self._placement_group:
+            remove_placement_group(self._placement_group)
+        self._workers, self._placement_group = [], None
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """One map per rank: expert load, bytes sent, memory and step times (see `Worker.stats`)."""
+        return list(await asyncio.gather(*(worker.stats.remote() for worker in self._workers)))
+
+    async def _place_workers(self) -> None:
+        check_resources(self._config)
+        self._placement_group = placement_group(
+            [{"CPU": _cpus_per_node(self._config)}] * self._topology.num_nodes,
+            strategy=self._config.ray.placement_strategy,
+        )
+        try:
+            await asyncio.wait_for(self._placement_group.ready(), PLACEMENT_TIMEOUT_S)
+        except TimeoutError:
+            raise NotEnoughResourcesError(_shortage(self._config)) from None
+        self._workers = [
+            ray.remote(Worker)
+            .options(
+                num_cpus=self._config.ray.cpus_per_rank,
+                max_concurrency=2,  # `stats` answers while `run` runs
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self._placement_group,
+                    placement_group_bundle_index=self._topology.node_of(rank),
+                ),
+            )
+            .remote(self._config, self._topology, rank)
+            for rank in range(self._topology.world_size)
+        ]
+
+    async def _load_workers(self) -> None:
+        logger.info("starting %d ranks", self._topology.world_size)
+        try:
+            async with asyncio.timeout(self._config.ray.startup_timeout_s):
+                hosts = await self._find_hosts()
+                store_address = await self._workers[0].host_store.remote(hosts[0])
+                reports = await asyncio.gather(
+                    *(
+                        worker.load.remote(store_address, host)
+                        for worker, host in zip(self._workers, hosts, strict=True)
+                    )
+                )
+        except TimeoutError:
+            raise RuntimeError(
+                f"ranks were not ready after ray.startup_timeout_s = "
+                f"{self._config.ray.startup_timeout_s:g} s; see their logs for what they wait for"
+            ) from None
+        for report in reports:
+            logger.info("rank %d ready: %s", report["rank"], report["memory"])
+        self._leader_addresses = [r["mailbox"] for r in reports if r["mailbox"] is not None]
+
+    async def _find_hosts(self) -> list[str]:
+        """The address each rank listens on: loopback unless ranks are on several hosts."""
+        places = await asyncio.gather(*(worker.where.remote() for worker in self._workers))
+        here = ray.get_runtime_context().get_node_id()
+        if all(node_id == here for node_id, _ in places):
+            return [LOOPBACK] * len(places)
+        self._host = ray.util.get_node_ip_address()
+        return [ip for _, ip in places]
+
+    async def _open_for_requests(self, model_config: ModelConfig) -> str:
+        self._gateway = Gateway(self._config, load_tokenizer(self._config.model), model_config)
+        gateway_address = await self._gateway.start()
+        for replica, address in enumerate(self._leader_addresses):
+            self._gateway.attach(replica, address)
+        self._sentinels = [
+            asyncio.ensure_future(worker.run.remote(gateway_address)) for worker in self._workers
+        ]
+        self._server = GrpcServer(self._gateway, self._config)
+        port = await self._server.start()
+        self._gateway.set_ready(True)
+        return f"{self._config.server.host}:{port}"
+
+
+def check_resources(config: ServeConfig) -> None:
+    """Raise NotEnoughResourcesError at once when the whole Ray cluster is too small for the layout."""
+    num_nodes = config.parallel.num_nodes
+    total = ray.cluster_resources().get("CPU", 0.0)
+    hosts = sum(node["Alive"] for node in ray.nodes())
+    one_host_each = config.ray.placement_strategy == "STRICT_SPREAD"
+    if total < _cpus_per_node(config) * num_nodes or (one_host_each and hosts < num_nodes):
+        raise NotEnoughResourcesError(_shortage(config))
+
+
+def _cpus_per_node(config: ServeConfig) -> float:
+    return config.parallel.ranks_per_node * config.ray.cpus_per_rank
+
+
+def _shortage(config: ServeConfig) -> str:
+    parallel, placement = config.parallel, config.ray
+    hosts = [f"{node['Resources'].get('CPU', 0):g}" for node in ray.nodes() if node["Alive"]]
+    need = _cpus_per_node(config) * parallel.num_nodes
+    free = ray.available_resources().get("CPU", 0.0)
+    return (
+        f"the layout needs {parallel.num_nodes} nodes x {parallel.ranks_per_node} ranks x "
+        f"ray.cpus_per_rank {placement.cpus_per_rank:g} = {need:g} CPUs placed by "
+        f"{placement.placement_strategy}; Ray has {len(hosts)} host(s) with "
+        f"{' + '.join(hosts)} CPUs, {free:g} of them free. Add hosts, stop other jobs, lower "
+        "ray.cpus_per_rank, or choose a smaller layout"
+    )
+
+
+def _cause(sentinel: asyncio.Future[None]) -> str:
+    error = sentinel.exception()
+    return "its loop returned unasked" if error is None else str(error)

@@ -1,0 +1,157 @@
+"""The step loop of one rank: leaders schedule and sample, followers compute what they are told.
+
+    leader:    mail -> schedule -> agree -> broadcast -> execute -> sample -> send
+    follower:                               receive   -> execute
+
+The experts join all replicas, so every replica takes part in every step: leaders first agree, in
+one small all-gather, on whether there is work (an idle replica runs with zero tokens), on the
+placement epoch, and on stopping. When nobody has work everybody sleeps until a mailbox wakes or a
+heartbeat is due, and the heartbeat tells the others that we are alive.
+"""
+
+from dataclasses import dataclass
+
+import msgpack
+import torch
+
+from cluster.config import ServeConfig
+from cluster.engine.mailbox import Frame, Mailbox
+from cluster.engine.plan import StepPlan
+from cluster.engine.runner import Runner
+from cluster.engine.sampler import sample
+from cluster.engine.scheduler import Scheduler, SchedulerConfig
+from cluster.engine.sequence import SamplingParams, Sequence, TokenEvent
+from comms.groups import ParallelGroups
+
+HEARTBEAT_S = 1.0
+
+
+class LockStepError(RuntimeError):
+    """Replicas disagree on the placement epoch: they would send tokens to the wrong slots."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all leaders agreed to do in this step."""
+
+    run: bool
+    stop: bool
+
+
+class Leader:
+    """Owns the sequences of one DP replica; runs on TP rank 0."""
+
+    def __init__(
+        self, groups: ParallelGroups, runner: Runner, scheduler: Scheduler, mailbox: Mailbox
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self._groups = groups
+        self._mailbox = mailbox
+        self._replica = groups.topology.replica_of(groups.rank)
+        self._idle = False
+        self._stop_requested = False
+        self._num_steps = 0
+
+    def step(self) -> bool:
+        """One step of all replicas together; False once all were told to stop."""
+        events = self._read_mail()
+        timer = self.runner.timer
+        with timer.phase("schedule"):
+            plan = self.scheduler.schedule()
+        with timer.phase("broadcast"):
+            verdict = self._agree(plan.num_tokens)
+            header = msgpack.packb([verdict.run, verdict.stop, plan.encode()])
+            self._groups.tp.broadcast_bytes(header, 0)
+        if verdict.run:
+            logits = self.runner.execute(plan)
+            with timer.phase("sample"):
+                events += self._sample(plan, logits)
+            self._num_steps += 1
+        if events or not verdict.run:
+            self._mailbox.send(self._frame(events))
+        self._idle = not verdict.run
+        return not verdict.stop
+
+    def _read_mail(self) -> list[TokenEvent]:
+        """Take in requests; returns the events of those that could not even be queued."""
+        events: list[TokenEvent] = []
+        wait_s = HEARTBEAT_S if self._idle and not self.scheduler.has_work else 0.0
+        for frame in self._mailbox.receive(wait_s):
+            match frame["type"]:
+                case "add":
+                    events += self._add(frame)
+                case "abort":
+                    self.scheduler.abort(frame["request_id"])
+                case "stop":
+                    self._stop_requested = True
+        return events
+
+    def _add(self, frame: Frame) -> list[TokenEvent]:
+        try:
+            params = SamplingParams.from_dict(frame["sampling"])
+            self.scheduler.add(Sequence(frame["request_id"], frame["token_ids"], params))
+        except (KeyError, TypeError, ValueError) as error:
+            request_id = str(frame.get("request_id"))
+            return [TokenEvent(request_id, finish_reason="error", error=str(error))]
+        return []
+
+    def _agree(self, num_tokens: int) -> Verdict:
+        """The lock-step vector: [tokens in my step, placement epoch, stop]."""
+        leaders = self._groups.leaders
+        assert leaders is not None, "only leaders agree"
+        mine = torch.tensor([[num_tokens, self.runner.epoch, self._stop_requested]])
+        votes = leaders.all_gather(mine, [1] * leaders.size)
+        epochs = votes[:, 1].unique().tolist()
+        if len(epochs) > 1:
+            raise LockStepError(f"replicas stand at different placement epochs: {epochs}")
+        return Verdict(run=bool(votes[:, 0].any()), stop=bool(votes[:, 2].all()))
+
+    def _sample(self, plan: StepPlan, logits: torch.Tensor | None) -> list[TokenEvent]:
+        assert logits is not None, "TP rank 0 holds the logits"
+        sequences = [self.scheduler.sequence(item.seq_id) for item in plan.logit_items]
+        token_ids = sample(logits, [s.params for s in sequences], [s.num_tokens for s in sequences])
+        tokens = {s.seq_id: token_id for s, token_id in zip(sequences, token_ids, strict=True)}
+        return self.scheduler.update(plan, tokens)
+
+    def _frame(self, events: list[TokenEvent]) -> Frame:
+        stats = {**self.scheduler.stats(), "step": self._num_steps}
+        return {"type": "step", "replica": self._replica, "events": events, "stats": stats}
+
+
+class Follower:
+    """Executes its leader's plans; runs on every other TP rank."""
+
+    def __init__(self, groups: ParallelGroups, runner: Runner) -> None:
+        self.runner = runner
+        self._groups = groups
+
+    def step(self) -> bool:
+        """One step as the leader broadcast it; False once told to stop."""
+        with self.runner.timer.phase("broadcast"):
+            run, stop, plan = msgpack.unpackb(self._groups.tp.broadcast_bytes(None, 0))
+        if run:
+            self.runner.execute(StepPlan.decode(plan))
+        return not stop
+
+
+def build_engine(
+    config: ServeConfig, groups: ParallelGroups, mailbox: Mailbox | None
+) -> Leader | Follower:
+    """Load this rank's share of the model; leaders bring a mailbox, followers None."""
+    runner = Runner.load(config, groups)
+    if mailbox is None:
+        return Follower(groups, runner)
+    model = runner.model.config
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            block_size=config.cache.block_size,
+            num_blocks=runner.cache.num_blocks,
+            max_model_len=config.max_model_len or model.max_model_len,
+            eos_token_ids=model.eos_token_ids,
+            vocab_size=model.vocab_size,
+        )
+    )
+    return Leader(groups, runner, scheduler, mailbox)

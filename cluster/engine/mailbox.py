@@ -1,0 +1,99 @@
+"""How a leader gets requests and leaves its results: ZeroMQ in a cluster, plain lists offline.
+
+Frames are msgpack maps with a "type" (see `cluster/server/gateway.py` for the list). A frame that
+is too large, malformed or not a map is dropped with a log line: it cannot hurt the running batch.
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import msgpack
+import zmq
+
+Frame = dict[str, Any]
+MAX_FRAME_BYTES = 64 << 20
+# A gateway that reads nothing for this many steps is gone; sending more would only grow memory.
+MAX_QUEUED_FRAMES = 10_000
+
+logger = logging.getLogger(__name__)
+
+
+class Mailbox(Protocol):
+    def receive(self, timeout_s: float) -> list[Frame]:
+        """All frames that are there, waiting up to `timeout_s` seconds for the first."""
+
+    def send(self, frame: Frame) -> None:
+        """Leave one frame; never blocks."""
+
+
+class ZmqMailbox:
+    """Binds a PULL socket for the gateway's frames and pushes step frames to the gateway."""
+
+    def __init__(self, host: str) -> None:
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        port = self._inbox.bind_to_random_port(f"tcp://{host}")
+        self.address = f"tcp://{host}:{port}"
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._outbox.setsockopt(zmq.SNDHWM, MAX_QUEUED_FRAMES)
+
+    def connect(self, gateway_address: str) -> None:
+        self._outbox.connect(gateway_address)
+
+    def receive(self, timeout_s: float) -> list[Frame]:
+        frames: list[Frame] = []
+        if not self._inbox.poll(round(timeout_s * 1000)):
+            return frames
+        while True:
+            try:
+                frame = unpack(self._inbox.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return frames
+            if frame is not None:
+                frames.append(frame)
+
+    def send(self, frame: Frame) -> None:
+        try:
+            self._outbox.send(msgpack.packb(frame), zmq.NOBLOCK)
+        except zmq.Again:
+            logger.warning("the gateway reads nothing: dropped a %s frame", frame.get("type"))
+
+    def close(self) -> None:
+        """Deliver what was sent, for at most a second, and free the sockets."""
+        self._inbox.close(linger=0)
+        self._outbox.close(linger=1000)
+        self._context.term()
+
+
+class LocalMailbox:
+    """A fixed list of requests, and a `stop` once each of them has ended: no gateway, no sockets."""
+
+    def __init__(self, requests: Iterable[Frame]) -> None:
+        self._unread = list(requests)
+        self._unfinished = {frame["request_id"] for frame in self._unread}
+        self.events: list[list[Any]] = []
+
+    def receive(self, timeout_s: float) -> list[Frame]:
+        frames, self._unread = self._unread, []
+        return frames if self._unfinished else [*frames, {"type": "stop"}]
+
+    def send(self, frame: Frame) -> None:
+        for event in frame["events"]:
+            self.events.append(event)
+            if event[2] is not None:
+                self._unfinished.discard(event[0])
+
+
+def unpack(data: bytes) -> Frame | None:
+    """Decode one frame, or log and return None when it is not a msgpack map with a type."""
+    try:
+        frame = msgpack.unpackb(data, strict_map_key=True, max_buffer_size=MAX_FRAME_BYTES)
+    except (ValueError, msgpack.UnpackException) as error:
+        logger.warning("dropped a malformed frame of %d bytes: %s", len(data), error)
+        return None
+    if not isinstance(frame, dict) or not isinstance(frame.get("type"), str):
+        logger.warning("dropped a frame of %d bytes that is not a map with a type", len(data))
+        return None
+    return frame

@@ -1,0 +1,86 @@
+"""One rank's share of the model and its KV cache, executing step plans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.config import ServeConfig
+from cluster.engine.batch import forward_batch
+from cluster.engine.plan import StepPlan
+from cluster.engine.step_timer import StepTimer
+from cluster.model.config import ModelConfig
+from cluster.model.kv_cache import KVCache
+from cluster.model.transformer import Transformer
+from comms.groups import ParallelGroups
+from router.placement import Placement
+
+GIB = 1 << 30
+
+
+class Runner:
+    """Turns plans into logits. All TP ranks of a replica execute the same plans in the same order."""
+
+    def __init__(self, model: Transformer, cache: KVCache, timer: StepTimer, epoch: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.timer = timer
+        self.epoch = epoch
+
+    @staticmethod
+    def load(config: ServeConfig, groups: ParallelGroups) -> Runner:
+        """Read this rank's share of the checkpoint and allocate its KV blocks.
+
+        Raises UnsupportedModelError or CheckpointError, naming what is wrong with the checkpoint.
+        """
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(False)
+        model_config = ModelConfig.from_dir(config.model)
+        dtype = getattr(torch, config.dtype)
+        placement = Placement.contiguous(
+            model_config.num_moe_layers,
+            model_config.num_experts,
+            groups.topology.world_size,
+            config.experts.num_redundant_experts,
+        )
+        timer = StepTimer()
+        model = Transformer.load(
+            config.model, model_config, groups, placement, dtype, config.comms, timer.phase
+        )
+        num_blocks = num_cache_blocks(config, model_config, groups)
+        cache = KVCache(model_config, groups.topology, num_blocks, config.cache.block_size, dtype)
+        return Runner(model, cache, timer, placement.epoch)
+
+    def execute(self, plan: StepPlan) -> Tensor | None:
+        """fp32 logits [len(plan.logit_items), V] on TP rank 0, None elsewhere."""
+        return self.model.forward(forward_batch(plan, self.cache.block_size), self.cache)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held by this rank, by kind."""
+        return {**self.model.memory(), "kv_cache": self.cache.num_bytes}
+
+    def stats(self) -> dict[str, Any]:
+        """Since the start: tokens through this rank's experts by MoE layer, bytes sent, seconds by
+        phase; and the memory held."""
+        ledger = self.model.ledger
+        return {
+            "expert_load": self.model.expert_load(),
+            "bytes": {
+                "intra_node": ledger.intra_node_bytes(),
+                "inter_node": ledger.inter_node_bytes(),
+            },
+            "step_seconds": dict(self.timer.seconds),
+            "memory": self.memory(),
+        }
+
+
+def num_cache_blocks(config: ServeConfig, model_config: ModelConfig, groups: ParallelGroups) -> int:
+    """Blocks per rank: as configured, or as many as fit into `cache.memory_gib`."""
+    if config.cache.num_blocks is not None:
+        return config.cache.num_blocks
+    per_block = KVCache.bytes_per_block(
+        model_config, groups.topology, getattr(torch, config.dtype), config.cache.block_size
+    )
+    return max(1, int(config.cache.memory_gib * GIB) // per_block)

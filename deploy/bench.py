@@ -1,0 +1,58 @@
+"""`expertmesh bench ...`: run a measurement, show a table, write the JSON."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import ConfigError
+from deploy.settings import load_config
+from simulations import bench_collectives, bench_step
+
+
+def collectives_command(num_ranks: int, json_file: Path | None) -> int:
+    """Shared memory against gloo; results.<collective>.<bytes>.{shm_us,gloo_us}."""
+    report = bench_collectives.run(num_ranks)
+    table = Table("collective", "bytes", "shm us", "gloo us", "gloo / shm")
+    for collective, sizes in report["results"].items():
+        for num_bytes, row in sizes.items():
+            ratio = row["gloo_us"] / row["shm_us"]
+            table.add_row(
+                collective,
+                num_bytes,
+                f"{row['shm_us']:.0f}",
+                f"{row['gloo_us']:.0f}",
+                f"{ratio:.1f}x",
+            )
+    Console().print(table)
+    write_json(json_file, report)
+    return 0
+
+
+def step_command(
+    path: Path | None, overrides: Sequence[str], sequences: int, steps: int, json_file: Path | None
+) -> int:
+    """Milliseconds per phase of a decode step; results.<phase>.ms and .share."""
+    try:
+        config = load_config(path, overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    report = bench_step.run(config, sequences, steps)
+    table = Table("phase", "ms", "share")
+    for phase, row in report["results"].items():
+        table.add_row(phase, f"{row['ms']:.2f}", f"{row['share']:.0%}")
+    Console().print(table)
+    print(f"{report['step_ms']:.1f} ms a step, {report['tokens_per_s']:.0f} tokens/s")
+    write_json(json_file, report)
+    return 0
+
+
+def write_json(path: Path | None, report: dict[str, Any]) -> None:
+    """Write a report for programs, if the user asked for one."""
+    if path is not None:
+        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

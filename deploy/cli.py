@@ -1,0 +1,127 @@
+"""The `expertmesh` command. Each subcommand is one short function that imports what it needs."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Serve Mixture-of-Experts language models across machines with expert parallelism.",
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure, side by side in one run.")
+app.add_typer(bench, name="bench")
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Options that override the configuration."),
+]
+
+
+@app.command()
+def serve(
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="YAML configuration. [default: the demo's]"),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print every option in force, and exit.")
+    ] = False,
+) -> None:
+    """Serve a model over gRPC until Ctrl-C, e.g. `expertmesh serve model=DIR`.
+
+    Uses the Ray cluster that RAY_ADDRESS names, or starts a private one on this machine.
+    """
+    from deploy.serve import serve_command
+
+    raise typer.Exit(serve_command(config, overrides or [], print_only=print_config))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    endpoint: Annotated[str, typer.Option(help="Where the cluster answers.")] = "127.0.0.1:50051",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
+) -> None:
+    """Stream a completion from a running cluster to the terminal."""
+    from deploy.generate import generate_command
+
+    raise typer.Exit(
+        generate_command(
+            prompt,
+            endpoint=endpoint,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop or [],
+        )
+    )
+
+
+@app.command()
+def demo(json_file: JsonFile = None) -> None:
+    """Start 2 logical nodes x 2 ranks here, stream three completions, show the traffic, stop."""
+    from deploy.demo import demo_command
+
+    raise typer.Exit(demo_command(json_file))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="Hugging Face checkpoint directory.")],
+    layouts: Annotated[str, typer.Option(help="Nodes x ranks, comma separated.")] = "1x1,2x2",
+    tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 64,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare a checkpoint on this engine with transformers, in fp32, on each layout.
+
+    Exits 1 when logits differ by more than 1e-4 or a greedy token differs.
+    """
+    from deploy.verify import verify_command
+
+    raise typer.Exit(verify_command(directory, layouts, tokens, json_file))
+
+
+@bench.command("collectives")
+def bench_collectives(
+    ranks: Annotated[int, typer.Option(min=2, max=16, help="Ranks on this machine.")] = 4,
+    json_file: JsonFile = None,
+) -> None:
+    """Shared-memory collectives against gloo, medians in microseconds."""
+    from deploy.bench import collectives_command
+
+    raise typer.Exit(collectives_command(ranks, json_file))
+
+
+@bench.command("step")
+def bench_step(
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences decoding at once.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps to measure.")] = 50,
+    json_file: JsonFile = None,
+) -> None:
+    """Where a decode step's time goes on this machine, milliseconds per phase."""
+    from deploy.bench import step_command
+
+    raise typer.Exit(step_command(config, overrides or [], sequences, steps, json_file))
+
+
+def main() -> None:
+    """Entry point of the `expertmesh` command; Ctrl-C ends it with exit code 130."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,95 @@
+"""Start a cluster on the Ray we are connected to, use it, and always take it down again."""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.config import ServeConfig
+from cluster.controller import Controller, NotEnoughResourcesError, check_resources
+
+STOP_MARGIN_S = 15.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunningCluster:
+    """A cluster that answers at `endpoint` ("host:port")."""
+
+    endpoint: str
+    controller: Any
+
+    def wait(self) -> None:
+        """Block until the cluster ends; raises what ended it."""
+        ray.get(self.controller.wait.remote())
+
+    def stats(self) -> list[dict[str, Any]]:
+        """One map per rank, see `cluster.worker.Worker.stats`."""
+        stats: list[dict[str, Any]] = ray.get(self.controller.stats.remote(), timeout=30)
+        return stats
+
+
+@contextmanager
+def running_cluster(config: ServeConfig) -> Iterator[RunningCluster]:
+    """Start the cluster beside this process's Ray node; stop it on the way out, however we leave.
+
+    Raises NotEnoughResourcesError when the layout does not fit, before anything is started.
+    """
+    check_resources(config)
+    controller = (
+        ray.remote(Controller)
+        .options(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(
+                ray.get_runtime_context().get_node_id(), soft=False
+            ),
+        )
+        .remote(config)
+    )
+    try:
+        yield RunningCluster(_start(controller), controller)
+    finally:
+        _stop(controller, config)
+
+
+def _start(controller: Any) -> str:
+    try:
+        endpoint: str = ray.get(controller.start.remote())
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
+    return endpoint
+
+
+def _stop(controller: Any, config: ServeConfig) -> None:
+    timeout_s = config.server.drain_timeout_s + STOP_MARGIN_S
+    try:
+        ray.get(controller.stop.remote(), timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        logger.warning("the cluster did not stop within %g s; killing it", timeout_s)
+    except ray.exceptions.RayError as error:
+        logger.warning("stopping the cluster: %s", error)
+    ray.kill(controller)
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Inside this block SIGTERM ends the program as Ctrl-C does, so that clean-up runs."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+__all__ = ["NotEnoughResourcesError", "RunningCluster", "running_cluster", "sigterm_as_interrupt"]

@@ -1,0 +1,19 @@
+"""`expertmesh generate`: one streamed completion in the terminal."""
+
+import sys
+from typing import Any
+
+from cluster.server.client import Client, ClientError
+
+
+def generate_command(prompt: str, *, endpoint: str, **sampling: Any) -> int:
+    """Print the completion as it arrives; exit code 1 with the server's reason when refused."""
+    try:
+        with Client(endpoint) as client:
+            for chunk in client.generate_stream(prompt, **sampling):
+                print(chunk.text, end="", flush=True)
+    except ClientError as error:
+        print(f"{endpoint}: {error}", file=sys.stderr)
+        return 1
+    print()
+    return 0

@@ -1,0 +1,75 @@
+"""A private Ray on this machine, for when the user has none: started, then removed without trace.
+
+Session files, sockets and logs live in one temporary directory that is deleted at the end; the
+access token exists only in this process and its children. Ray listens on loopback alone.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import ray
+
+OBJECT_STORE_BYTES = 80 << 20  # we send small control messages only; Ray's minimum is 75 MiB
+
+
+@contextmanager
+def local_ray(num_cpus: float) -> Iterator[None]:
+    """Start Ray with `num_cpus` logical CPUs and connect to it; on exit leave nothing behind."""
+    directory = Path(tempfile.mkdtemp(prefix="expertmesh-"))
+    # The mode stays unset: Ray then turns token authentication on itself and reads our token.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=round(num_cpus),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            _temp_dir=str(directory),
+            _node_ip_address="127.0.0.1",
+        )
+        yield
+    finally:
+        started = _processes_of(directory)
+        with suppress(Exception):  # a Ray that never came up has nothing to shut down
+            ray.shutdown()
+        _end(started)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _processes_of(directory: Path) -> list[psutil.Process]:
+    """Processes that this Ray started: those below us whose command line names its directory."""
+    ours = psutil.Process().children(recursive=True)
+    daemons = [p for p in ours if _mentions(p, str(directory))]
+    return [*daemons, *(child for p in daemons for child in _children(p))]
+
+
+def _mentions(process: psutil.Process, text: str) -> bool:
+    with suppress(psutil.Error):
+        return any(text in argument for argument in process.cmdline())
+    return False
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        return process.children(recursive=True)
+    return []
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Wait for each process to leave, then insist."""
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    for process in alive:
+        with suppress(psutil.Error):
+            process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=5)

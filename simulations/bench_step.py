@@ -1,0 +1,89 @@
+"""Where a decode step's time goes: the served engine, without Ray and gRPC around it.
+
+All ranks run on this machine. The leader of replica 0 reports its own phases; while it waits in a
+collective for slower ranks, that wait counts to the collective's phase.
+"""
+
+from time import perf_counter
+from typing import Any
+
+from cluster.config import ServeConfig
+from cluster.engine.engine import build_engine
+from cluster.engine.mailbox import LocalMailbox
+from cluster.engine.sampling_params import SamplingParams
+from cluster.offline import add_frame
+from comms.groups import ParallelGroups
+from comms.launch import RankPool
+from comms.topology import Topology
+
+PHASES = (
+    "schedule", "broadcast", "attention", "gate", "dispatch", "experts", "combine", "sample",
+)  # fmt: skip
+PROMPT_TOKENS = 32
+WARM_UP_STEPS = 5
+TIMEOUT_S = 600.0
+
+
+def run(config: ServeConfig, sequences: int, steps: int) -> dict[str, Any]:
+    """Decode `sequences` sequences on every DP replica for `steps` steps.
+
+    Returns {"step_ms", "tokens_per_s" of all replicas, "results": {phase: {"ms", "share"}}, ...};
+    the phase "other" is what no other covers (norms, embedding, logits, bookkeeping).
+    """
+    parallel = config.parallel
+    topology = Topology(
+        num_nodes=parallel.num_nodes,
+        ranks_per_node=parallel.ranks_per_node,
+        tensor_parallel_size=parallel.tp_size,
+    )
+    config = _roomy(config, sequences, steps)
+    with RankPool(topology.world_size) as pool:
+        reports = pool.run(_decode, topology, config, sequences, steps, timeout_s=TIMEOUT_S)
+    report: dict[str, Any] = reports[0]
+    return {
+        "layout": f"{parallel.num_nodes}x{parallel.ranks_per_node}",
+        "sequences_per_replica": sequences,
+        "steps": steps,
+        "tokens_per_s": 1000 * sequences * topology.num_replicas / report["step_ms"],
+        **report,
+    }
+
+
+def _roomy(config: ServeConfig, sequences: int, steps: int) -> ServeConfig:
+    """Room for all sequences at once and all prompts in the first step: no preemption, no queue."""
+    tokens = PROMPT_TOKENS + WARM_UP_STEPS + steps + 1
+    blocks = sequences * (tokens // config.cache.block_size + 1)
+    scheduler = {"max_num_seqs": sequences, "max_num_batched_tokens": sequences * PROMPT_TOKENS}
+    return config.model_copy(
+        update={
+            "cache": config.cache.model_copy(update={"num_blocks": blocks}),
+            "scheduler": config.scheduler.model_copy(update=scheduler),
+        }
+    )
+
+
+def _decode(
+    groups: ParallelGroups, config: ServeConfig, sequences: int, steps: int
+) -> dict[str, Any]:
+    """What each rank does: prefill and warm up, then decode under the clock."""
+    params = SamplingParams(temperature=0.0, max_tokens=steps + WARM_UP_STEPS + 1, ignore_eos=True)
+    prompts = [[3 + (idx + i) % 200 for i in range(PROMPT_TOKENS)] for idx in range(sequences)]
+    requests = [add_frame(f"bench-{idx}", prompt, params) for idx, prompt in enumerate(prompts)]
+    is_leader = groups.topology.tp_rank_of(groups.rank) == 0
+    engine = build_engine(config, groups, LocalMailbox(requests) if is_leader else None)
+    for _ in range(WARM_UP_STEPS):
+        engine.step()
+    timer = engine.runner.timer
+    timer.reset()
+    start = perf_counter()
+    for _ in range(steps):
+        engine.step()
+    step_s = (perf_counter() - start) / steps
+    seconds = {phase: timer.seconds.get(phase, 0.0) / steps for phase in PHASES}
+    seconds["other"] = step_s - sum(seconds.values())
+    return {
+        "step_ms": 1000 * step_s,
+        "results": {
+            phase: {"ms": 1000 * value, "share": value / step_s} for phase, value in seconds.items()
+        },
+    }
