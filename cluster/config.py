@@ -129,6 +129,8 @@ class ServerConfig(Section):
     retry_after_s: Seconds = 1.0
     """What RetryInfo tells a client whose request found the queue full."""
     drain_timeout_s: Seconds = 30.0
+    admin_token_file: str | None = None
+    """File with the token that Abort and Drain need. None: they are for loopback clients only."""
 
 
 class RayConfig(Section):
@@ -294,6 +296,8 @@ def _describe(config: type[Section], error: Any) -> str:
         return f"{'.'.join(path)}: {reason}"
     field = next((section.model_fields[p] for p in path if p in section.model_fields), None)
     name = ".".join(p for p in path if p.isidentifier() and p not in ("int", "float", "str"))
+    if error["type"] == "literal_error":
+        return f"{name} = {error['input']!r:.100}: allowed are {error['ctx']['expected']}"
     allowed = f" (allowed: {_allowed(field)})" if field else ""
     return f"{name} = {error['input']!r:.100}: {reason}{allowed}"
 

@@ -40,14 +40,15 @@ def generate(out_dir: Path) -> dict[str, str]:
     for file in descriptors.file:
         stem = file.name.removesuffix(".proto")
         for suffix in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py"):
-            files[stem + suffix] = _absolute_imports((out_dir / (stem + suffix)).read_text())
+            files[stem + suffix] = _corrected((out_dir / (stem + suffix)).read_text())
         files[f"{stem}_pb2_grpc.pyi"] = _service_types(file)
     return files
 
 
-def _absolute_imports(text: str) -> str:
-    """protoc imports by proto path, which is not the Python package that holds the files."""
-    return text.replace("from expertmesh.", f"from {PACKAGE}.expertmesh.")
+def _corrected(text: str) -> str:
+    """protoc imports by proto path, not by our package, and leaves `Mapping` without arguments."""
+    text = text.replace("from expertmesh.", f"from {PACKAGE}.expertmesh.")
+    return text.replace("_Mapping]", "_Mapping[str, object]]")
 
 
 def _service_types(file: descriptor_pb2.FileDescriptorProto) -> str:
@@ -60,12 +61,11 @@ def _service_types(file: descriptor_pb2.FileDescriptorProto) -> str:
         methods = [_Method(m) for m in service.method]
         parts += [
             f"class {service.name}Stub:",
-            "    def __init__(self, channel: grpc.Channel) -> None: ...",
+            "    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ...",
             *(m.stub_type("grpc") for m in methods),
             "",
-            "# For grpc.aio channels; at run time this is the same class as above.",
+            "# What the class above is on a grpc.aio channel; for type checkers only.",
             f"class {service.name}AsyncStub:",
-            "    def __init__(self, channel: grpc.aio.Channel) -> None: ...",
             *(m.stub_type("grpc.aio") for m in methods),
             "",
             f"class {service.name}Servicer:",

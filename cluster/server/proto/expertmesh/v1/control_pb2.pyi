@@ -62,7 +62,7 @@ class GetLoadsResponse(_message.Message):
     __slots__ = ("replicas",)
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     replicas: _containers.RepeatedCompositeFieldContainer[ReplicaLoad]
-    def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping]]] = ...) -> None: ...
+    def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping[str, object]]]] = ...) -> None: ...
 
 class ReplicaLoad(_message.Message):
     __slots__ = ("replica", "in_flight", "running", "waiting", "kv_usage", "step", "last_heard_s")

@@ -8,14 +8,13 @@ import grpc.aio
 from cluster.server.proto.expertmesh.v1 import inference_pb2 as pb
 
 class InferenceStub:
-    def __init__(self, channel: grpc.Channel) -> None: ...
+    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ...
     Generate: grpc.UnaryUnaryMultiCallable[pb.GenerateRequest, pb.GenerateResponse]
     GenerateStream: grpc.UnaryStreamMultiCallable[pb.GenerateRequest, pb.GenerateChunk]
     Tokenize: grpc.UnaryUnaryMultiCallable[pb.TokenizeRequest, pb.TokenizeResponse]
 
-# For grpc.aio channels; at run time this is the same class as above.
+# What the class above is on a grpc.aio channel; for type checkers only.
 class InferenceAsyncStub:
-    def __init__(self, channel: grpc.aio.Channel) -> None: ...
     Generate: grpc.aio.UnaryUnaryMultiCallable[pb.GenerateRequest, pb.GenerateResponse]
     GenerateStream: grpc.aio.UnaryStreamMultiCallable[pb.GenerateRequest, pb.GenerateChunk]
     Tokenize: grpc.aio.UnaryUnaryMultiCallable[pb.TokenizeRequest, pb.TokenizeResponse]

@@ -1,0 +1,123 @@
+"""The gRPC face of operation: what runs here and how loaded it is; abort and drain for admins."""
+
+import hmac
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from cluster.server.errors import Code, RequestError, invalid
+from cluster.server.gateway import Gateway
+from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
+from cluster.server.proto.expertmesh.v1 import control_pb2_grpc as pb_grpc
+from cluster.server.status import statuses
+
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Control"].full_name
+_LOOPBACK = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
+_MAX_DRAIN_S = 86_400.0
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ControlServicer(pb_grpc.ControlServicer):
+    """Reads are open; `Abort` and `Drain` need the admin token or, without one, loopback."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._started = time.monotonic()
+        token_file = gateway.config.server.admin_token_file
+        self._token = Path(token_file).read_text(encoding="utf-8").strip() if token_file else None
+        if self._token == "":
+            raise ValueError(f"server.admin_token_file = {token_file!r}: the file is empty")
+
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: _Context
+    ) -> pb.GetServerInfoResponse:
+        parallel = self._gateway.config.parallel
+        return pb.GetServerInfoResponse(
+            version=_version(),
+            model=self._gateway.model.name,
+            ready=self._gateway.readiness.ready,
+            draining=self._gateway.draining,
+            num_nodes=parallel.num_nodes,
+            ranks_per_node=parallel.ranks_per_node,
+            tensor_parallel_size=parallel.tp_size,
+            num_replicas=parallel.num_replicas,
+            uptime_s=time.monotonic() - self._started,
+        )
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: _Context
+    ) -> pb.GetModelInfoResponse:
+        model = self._gateway.model
+        return pb.GetModelInfoResponse(
+            model=model.name,
+            architecture=model.architecture,
+            dtype=model.dtype,
+            vocab_size=model.vocab_size,
+            max_model_len=model.max_model_len,
+            eos_token_ids=model.eos_token_ids,
+            has_tokenizer=self._gateway.tokenizer is not None,
+        )
+
+    async def GetLoads(self, request: pb.GetLoadsRequest, context: _Context) -> pb.GetLoadsResponse:
+        now = time.monotonic()
+        return pb.GetLoadsResponse(
+            replicas=[
+                pb.ReplicaLoad(
+                    replica=replica.idx,
+                    in_flight=replica.in_flight,
+                    running=replica.stats.running,
+                    waiting=replica.stats.waiting,
+                    kv_usage=replica.stats.kv_usage,
+                    step=replica.stats.step,
+                    last_heard_s=now - replica.last_heard,
+                )
+                for replica in self._gateway.replicas
+            ]
+        )
+
+    async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:
+        async with self._admin(context):
+            aborted = self._gateway.abort(request.request_id)
+        return pb.AbortResponse(aborted=aborted)
+
+    async def Drain(self, request: pb.DrainRequest, context: _Context) -> pb.DrainResponse:
+        async with self._admin(context):
+            timeout_s = request.timeout_s if request.HasField("timeout_s") else None
+            if timeout_s is not None and not 0 <= timeout_s <= _MAX_DRAIN_S:
+                raise invalid("timeout_s", timeout_s, f"in [0, {_MAX_DRAIN_S:g}]")
+            num_cut_off = await self._gateway.drain(timeout_s)
+        return pb.DrainResponse(num_cut_off=num_cut_off)
+
+    @asynccontextmanager
+    async def _admin(self, context: _Context) -> AsyncIterator[None]:
+        async with statuses(context):
+            self._check_admin(context)
+            yield
+
+    def _check_admin(self, context: _Context) -> None:
+        if self._token is None:
+            if not context.peer().startswith(_LOOPBACK):
+                raise RequestError(
+                    Code.PERMISSION_DENIED,
+                    "without server.admin_token_file this call is for loopback clients only",
+                )
+            return
+        sent = dict(context.invocation_metadata() or ()).get("authorization", "")
+        sent_bytes = sent if isinstance(sent, bytes) else sent.encode()
+        if not hmac.compare_digest(sent_bytes, f"Bearer {self._token}".encode()):
+            raise RequestError(
+                Code.UNAUTHENTICATED, "metadata `authorization: Bearer <admin token>` is required"
+            )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("expertmesh")
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,101 @@
+"""What every front end (gRPC, later HTTP) gives to the gateway and gets back from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from cluster.config import ServeConfig
+    from cluster.model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What the gateway must know of the model to refuse bad requests before any engine sees them."""
+
+    name: str
+    vocab_size: int
+    max_model_len: int
+    """Longest prompt plus completion, in tokens."""
+    eos_token_ids: tuple[int, ...] = ()
+    architecture: str = ""
+    dtype: str = ""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1 or self.max_model_len < 2:
+            raise ValueError(
+                "a model needs vocab_size >= 1 and max_model_len >= 2: "
+                f"{self.vocab_size=}, {self.max_model_len=}"
+            )
+
+    @classmethod
+    def from_config(cls, config: "ServeConfig", model: "ModelConfig") -> Self:
+        return cls(
+            name=config.model_name,
+            vocab_size=model.vocab_size,
+            max_model_len=config.max_model_len or model.max_position_embeddings,
+            eos_token_ids=model.eos_token_ids,
+            architecture=model.architecture,
+            dtype=config.dtype,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One request as the client made it, not yet checked; None means the default."""
+
+    prompt: str | Sequence[int] | None
+    request_id: str | None = None
+    model: str | None = None
+    replica: int | None = None
+    deadline_s: float | None = None
+    """Seconds from now after which the client does not want the answer any more."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of SamplingParams that the client set; the others take their defaults."""
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """Why a completion ended; at most one of the last three is set, and only for STOP."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+    eos_token_id: int | None = None
+    stop_string: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptInfo:
+    """What the server made of the request."""
+
+    request_id: str
+    num_tokens: int
+    seed: int
+    replica: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    ttft_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """A piece of a completion: the first has `prompt`, the last `finish` and `usage`."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    prompt: PromptInfo | None = None
+    finish: Finish | None = None
+    usage: Usage | None = None

@@ -1,0 +1,67 @@
+"""One gRPC server over one gateway: all services, their limits, and the port they listen on."""
+
+import grpc.aio
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.config import ConfigError, ServeConfig
+from cluster.server import control, health, inference
+from cluster.server.gateway import Gateway
+from cluster.server.proto.expertmesh.v1 import control_pb2_grpc, inference_pb2_grpc
+
+
+class GrpcServer:
+    """Serves from `start` to `stop`; runs in the gateway's event loop."""
+
+    def __init__(self, gateway: Gateway, config: ServeConfig) -> None:
+        self._gateway = gateway
+        self._config = config.server
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> int:
+        """Listen and return the bound port; raises ConfigError if the address cannot be used."""
+        config = self._config
+        server = grpc.aio.server(
+            options=self._options(), maximum_concurrent_rpcs=config.max_concurrent_rpcs
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(
+            inference.InferenceServicer(self._gateway), server
+        )
+        control_pb2_grpc.add_ControlServicer_to_server(
+            control.ControlServicer(self._gateway), server
+        )
+        names = (inference.SERVICE_NAME, control.SERVICE_NAME)
+        health_pb2_grpc.add_HealthServicer_to_server(
+            health.HealthServicer(self._gateway.readiness, names), server
+        )
+        reflection.enable_server_reflection(
+            (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        try:
+            port = server.add_insecure_port(f"{host}:{config.port}")
+        except RuntimeError as error:
+            raise ConfigError(
+                f"server.host, server.port: cannot listen on {host}:{config.port}: {error}"
+            ) from None
+        await server.start()
+        self._server = server
+        return port
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Refuse new calls, give running ones `grace_s` seconds, then cancel them."""
+        if self._server:
+            server, self._server = self._server, None
+            await server.stop(grace_s)
+
+    def _options(self) -> list[tuple[str, int]]:
+        return [
+            # Otherwise a second server on the same port takes half of the calls, silently.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", self._config.max_message_mib << 20),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_metadata_size", self._config.max_metadata_kib << 10),
+            # Clients that ping during a long prefill must not be sent away.
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
