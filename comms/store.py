@@ -6,7 +6,13 @@ moment at which another process can take the port.
 
 from datetime import timedelta
 
-from torch.distributed import TCPStore
+from torch.distributed import (  # type: ignore[attr-defined]  # public, but not listed in __all__
+    PrefixStore,
+    Store,
+    TCPStore,
+)
+
+__all__ = ["PrefixStore", "Store", "TCPStore", "connect_store", "host_store"]
 
 
 def host_store(host: str = "127.0.0.1", timeout_s: float = 60.0) -> tuple[TCPStore, str]:

@@ -1,0 +1,116 @@
+"""All groups of one rank, of one epoch, passed in by whoever builds them: never a global.
+
+A group inside one node runs over shared memory (or gloo, by choice); a group that crosses nodes
+runs over gloo. After a failure the survivors abort the epoch's groups and connect the next epoch's.
+"""
+
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from comms.gloo import GlooGroup
+from comms.group import CommError, CommTimeout, Group
+from comms.shm import ShmGroup
+from comms.solo import SoloGroup
+from comms.store import PrefixStore, TCPStore
+from comms.topology import Topology
+
+__all__ = ["CommError", "CommTimeout", "Group", "NodeBackend", "ParallelGroups"]
+
+NodeBackend = Literal["shm", "gloo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelGroups:
+    """The groups this rank is in.
+
+    world: all ranks. node: my node's ranks. rail: my local rank on every node. tp: my replica.
+    leaders: the leader of every replica; None on other ranks.
+    """
+
+    topology: Topology
+    rank: int
+    epoch: int
+    world: Group
+    node: Group
+    rail: Group
+    tp: Group
+    leaders: Group | None
+
+    @classmethod
+    def connect(
+        cls,
+        topology: Topology,
+        rank: int,
+        store: TCPStore,
+        *,
+        epoch: int = 0,
+        node_backend: NodeBackend = "shm",
+        timeout_s: float = 60.0,
+    ) -> "ParallelGroups":
+        """Connect all groups; every rank of the topology calls this with the same arguments.
+
+        `timeout_s` is the deadline of each wait, now and in every later collective.
+        Raises CommTimeout naming the ranks that did not come.
+        """
+        if node_backend not in ("shm", "gloo"):
+            raise ValueError(f"node_backend must be 'shm' or 'gloo', got {node_backend!r}")
+        scoped = PrefixStore(f"epoch{epoch}", store)
+        host = _address_towards(store.host)
+
+        def group(name: str, ranks: Sequence[int]) -> Group:
+            name = f"{name}@{epoch}"
+            if len(ranks) == 1:
+                return SoloGroup(name=name, rank=rank)
+            key = f"{name}/{ranks[0]}"
+            one_node = len({topology.node_of(r) for r in ranks}) == 1
+            if one_node and node_backend == "shm":
+                return ShmGroup(name=key, ranks=ranks, rank=rank, store=scoped, timeout_s=timeout_s)
+            return GlooGroup(
+                name=key, ranks=ranks, rank=rank, store=scoped, timeout_s=timeout_s, host=host
+            )
+
+        return cls._build(topology, rank, epoch, group)
+
+    @classmethod
+    def _build(
+        cls,
+        topology: Topology,
+        rank: int,
+        epoch: int,
+        group: Callable[[str, Sequence[int]], Group],
+    ) -> "ParallelGroups":
+        leaders = topology.leader_ranks
+        return cls(
+            topology=topology,
+            rank=rank,
+            epoch=epoch,
+            world=group("world", range(topology.world_size)),
+            node=group("node", topology.node_ranks(topology.node_of(rank))),
+            rail=group("rail", topology.rail_ranks(topology.local_rank_of(rank))),
+            tp=group("tp", topology.tp_ranks(topology.replica_of(rank))),
+            leaders=group("leaders", leaders) if rank in leaders else None,
+        )
+
+    def abort(self) -> None:
+        """Make every group unusable and wake whoever waits in one, here and on the peers."""
+        for group in self._all():
+            group.abort()
+
+    def close(self) -> None:
+        """Free everything. Call it when all ranks are past their last collective."""
+        for group in self._all():
+            group.close()
+
+    def _all(self) -> list[Group]:
+        groups = [self.world, self.node, self.rail, self.tp]
+        return groups if self.leaders is None else [*groups, self.leaders]
+
+
+def _address_towards(host: str) -> str:
+    """My address on the route to `host`, so that peers which reach the store also reach me."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # a datagram socket: nothing is sent
+        return str(probe.getsockname()[0])

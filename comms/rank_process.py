@@ -1,0 +1,91 @@
+"""What one rank of a RankPool does: wait for a task, connect its groups, run it, answer.
+
+Tasks and answers are pickled by value and only ever pass between a pool and its own children.
+"""
+
+import faulthandler
+import os
+import pickle
+import signal
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from comms.group import CommError
+from comms.groups import NodeBackend, ParallelGroups
+from comms.store import TCPStore, connect_store
+from comms.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One call of `fn(groups, *args)` on one rank."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    topology: Topology
+    rank: int
+    epoch: int
+    node_backend: NodeBackend
+    timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An exception on its way back, with its traceback as text."""
+
+    error: BaseException
+    text: str
+
+
+def serve_rank(tasks: Connection, stacks: Connection, store_address: str) -> None:
+    """Main function of a rank process: ends when the pool closes its end of the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool, which ends us
+    faulthandler.register(signal.SIGUSR2, file=stacks.fileno(), all_threads=True)
+    torch.set_num_threads(1)
+    store = connect_store(store_address)
+    while True:
+        try:
+            task = pickle.loads(tasks.recv_bytes())
+        except EOFError:
+            return
+        if task is None:
+            return
+        answer = _run(task, store) if isinstance(task, Task) else task
+        tasks.send_bytes(_pickled(answer))
+
+
+def _run(task: Task, store: TCPStore) -> Any:
+    groups = None
+    try:
+        groups = ParallelGroups.connect(
+            task.topology,
+            task.rank,
+            store,
+            epoch=task.epoch,
+            node_backend=task.node_backend,
+            timeout_s=task.timeout_s,
+        )
+        result = task.fn(groups, *task.args)
+        groups.world.barrier()  # nobody closes while a peer still needs what it sent
+        return result
+    except BaseException as error:  # noqa: BLE001  (whatever it is belongs to the caller)
+        if groups is not None and not isinstance(error, CommError):
+            groups.abort()  # peers need not wait for their deadline
+        return Failure(error=error, text=traceback.format_exc())
+    finally:
+        if groups is not None:
+            groups.close()
+
+
+def _pickled(answer: Any) -> bytes:
+    try:
+        return pickle.dumps(answer)
+    except Exception as error:  # noqa: BLE001  (pickle raises what it likes)
+        what = answer.text if isinstance(answer, Failure) else f"a {type(answer).__name__}"
+        text = f"process {os.getpid()} cannot send back {what}: {error!r}"
+        return pickle.dumps(Failure(error=TypeError(text), text=text))

@@ -1,0 +1,265 @@
+"""Collectives between the ranks of one host, over shared memory.
+
+Every collective is the same move: expose my bytes in my segment, wait until the peers have exposed
+theirs, read the parts that are mine. Bytes beyond a segment's capacity go in further rounds. See
+`mailbox.py` for why one wait per round is enough. A call costs tens of microseconds.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from comms.mailbox import Mailbox
+from comms.sizes import (
+    as_bytes,
+    check_sizes,
+    empty_rows,
+    even_sizes,
+    offsets_of,
+    row_bytes,
+    sum_dtype,
+)
+from comms.store import Store
+
+_OPERATIONS = ("?", "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast",
+               "broadcast_bytes", "barrier")  # fmt: skip
+_OP = {name: op for op, name in enumerate(_OPERATIONS)}
+_ONE_SHOT_BYTES = 32 * 1024  # beyond this an all-reduce is a reduce-scatter and an all-gather
+
+
+class ShmGroup:
+    """A Group over shared memory; collective constructor."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        ranks: Sequence[int],
+        rank: int,
+        store: Store,
+        timeout_s: float = 60.0,
+        capacity: int = 1 << 20,
+    ) -> None:
+        if capacity < 64 or capacity % 64:
+            raise ValueError(f"capacity must be a positive multiple of 64 bytes, got {capacity}")
+        self.name = name
+        self.ranks = tuple(ranks)
+        self.size = len(self.ranks)
+        self.idx = self.ranks.index(rank)
+        self._capacity = capacity
+        self._typed: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._box = Mailbox(
+            name=name,
+            ranks=self.ranks,
+            idx=self.idx,
+            store=store,
+            timeout_s=timeout_s,
+            capacity=capacity,
+        )
+
+    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        check_sizes(x, sizes, self.size, rows=sizes[self.idx])
+        out = empty_rows(x, sum(sizes))
+        self._gather_bytes(as_bytes(x), as_bytes(out), offsets_of(sizes, row_bytes(x)))
+        return out
+
+    def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        check_sizes(x, sizes, self.size)
+        starts = offsets_of(sizes, row_bytes(x) // x.element_size())
+        shape = (sizes[self.idx], *x.shape[1:])
+        return self._reduce_flat(x.reshape(-1), starts, "reduce_scatter").view(shape)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1)
+        if x.numel() * x.element_size() <= min(_ONE_SHOT_BYTES, self._capacity):
+            return self._all_reduce_once(flat).view(x.shape)
+        sizes = even_sizes(flat.shape[0], self.size)
+        mine = self._reduce_flat(flat, offsets_of(sizes), "all_reduce")
+        return self.all_gather(mine, sizes).view(x.shape)
+
+    def all_to_all(self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> Tensor:
+        check_sizes(x, send_sizes, self.size)
+        box, capacity, mine = self._box, self._capacity, as_bytes(x)
+        sent = offsets_of(send_sizes, row_bytes(x))
+        received = offsets_of(recv_sizes, row_bytes(x))
+        out = empty_rows(x, sum(recv_sizes))
+        out_bytes = as_bytes(out)
+        lo, end = 0, 1
+        while lo < end:
+            self._expose("all_to_all", mine, lo, sent)
+            self._wait_all("all_to_all")
+            for j in range(self.size):
+                end = max(end, box.header(j)[1])
+                start, stop = box.offset(j, self.idx), box.offset(j, self.idx + 1)
+                if stop - start != received[j + 1] - received[j]:
+                    raise box.fail(
+                        f"group {self.name!r}: rank {self.ranks[j]} sends {stop - start} bytes in "
+                        f"all_to_all but rank {self.ranks[self.idx]} expects "
+                        f"{received[j + 1] - received[j]}"
+                    )
+                first, last = max(start, lo), min(stop, lo + capacity)
+                if first < last:
+                    to = received[j] - start
+                    out_bytes[to + first : to + last] = self._window(j, lo, first, last)
+            lo += capacity
+        return out
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        if source == self.idx:
+            data = as_bytes(x)
+            for lo in range(0, data.shape[0], self._capacity):
+                self._expose("broadcast", data, lo)
+            return x
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        data = as_bytes(out)
+        for lo in range(0, data.shape[0], self._capacity):
+            self._expose("broadcast", data[:0], lo)
+            self._wait_for(source, "broadcast", data.shape[0])
+            last = min(lo + self._capacity, data.shape[0])
+            data[lo:last] = self._window(source, lo, lo, last)
+        return out
+
+    def broadcast_bytes(
+        self, data: bytes | None, source: int, timeout_s: float | None = None
+    ) -> bytes:
+        if source == self.idx:
+            if data is None:
+                raise ValueError("the source of broadcast_bytes needs data, got None")
+            self._send_bytes(data, timeout_s)
+            return data
+        box, parts, lo, end = self._box, [], 0, 1
+        while lo < end:
+            half = box.begin("broadcast_bytes", timeout_s)
+            box.set_header(half, _OP["broadcast_bytes"], 0)
+            box.post()
+            box.wait((source,), "broadcast_bytes", timeout_s)
+            end = self._checked_header(source, "broadcast_bytes")
+            start = box.data_range(half)
+            parts.append(box.maps[source][start : start + max(0, min(end - lo, self._capacity))])
+            lo += self._capacity
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def barrier(self, timeout_s: float | None = None) -> None:
+        box = self._box
+        box.set_header(box.begin("barrier", timeout_s), _OP["barrier"], 0)
+        box.post()
+        self._wait_all("barrier", timeout_s)
+
+    def abort(self) -> None:
+        self._box.abort()
+
+    def close(self) -> None:
+        self._typed.clear()
+        self._box.close()
+
+    # -- the one move ------------------------------------------------------------------------
+
+    def _expose(self, operation: str, data: Tensor, lo: int, offsets: Sequence[int] = ()) -> None:
+        """Post the window of `data` that starts at byte lo."""
+        box = self._box
+        half = box.begin(operation)
+        num_bytes = min(data.shape[0] - lo, self._capacity)
+        if num_bytes > 0:
+            start = box.data_range(half)
+            box.memory[self.idx][start : start + num_bytes] = data[lo : lo + num_bytes]
+        box.set_header(half, _OP[operation], data.shape[0], offsets)
+        box.post()
+
+    def _window(self, peer: int, lo: int, first: int, last: int) -> Tensor:
+        """Bytes [first, last) of what `peer` exposes, of which the current round shows lo on."""
+        start = self._box.data_range(self._box.half) - lo
+        return self._box.memory[peer][start + first : start + last]
+
+    def _wait_all(self, operation: str, timeout_s: float | None = None) -> None:
+        self._box.wait(self._box.peers, operation, timeout_s)
+        for peer in self._box.peers:
+            self._checked_header(peer, operation)
+
+    def _wait_for(self, peer: int, operation: str, num_bytes: int) -> None:
+        self._box.wait((peer,), operation)
+        self._check_total(peer, operation, num_bytes)
+
+    def _check_total(self, peer: int, operation: str, num_bytes: int) -> None:
+        total = self._checked_header(peer, operation)
+        if total != num_bytes:
+            raise self._box.fail(
+                f"group {self.name!r}: rank {self.ranks[peer]} brings {total} bytes to {operation} "
+                f"but rank {self.ranks[self.idx]} expects {num_bytes}"
+            )
+
+    def _checked_header(self, peer: int, operation: str) -> int:
+        op, total = self._box.header(peer)
+        if op != _OP[operation]:
+            raise self._box.fail(
+                f"group {self.name!r}: rank {self.ranks[peer]} called {_OPERATIONS[op]} while "
+                f"rank {self.ranks[self.idx]} called {operation}"
+            )
+        return total
+
+    def _send_bytes(self, data: bytes, timeout_s: float | None) -> None:
+        box = self._box
+        for lo in range(0, max(1, len(data)), self._capacity):
+            half = box.begin("broadcast_bytes", timeout_s)
+            part = data[lo : lo + self._capacity]
+            start = box.data_range(half)
+            box.maps[self.idx][start : start + len(part)] = part
+            box.set_header(half, _OP["broadcast_bytes"], len(data))
+            box.post()
+
+    # -- gathers and sums --------------------------------------------------------------------
+
+    def _gather_bytes(self, mine: Tensor, out: Tensor, starts: Sequence[int]) -> None:
+        longest = max(starts[j + 1] - starts[j] for j in range(self.size))
+        for lo in range(0, longest, self._capacity):
+            self._expose("all_gather", mine, lo)
+            self._wait_all("all_gather")
+            for j in range(self.size):
+                total = starts[j + 1] - starts[j]
+                self._check_total(j, "all_gather", total)
+                last = min(total, lo + self._capacity)
+                if lo < last:
+                    out[starts[j] + lo : starts[j] + last] = self._window(j, lo, lo, last)
+
+    def _reduce_flat(self, flat: Tensor, starts: Sequence[int], operation: str) -> Tensor:
+        """Sum over the members of elements [starts[idx], starts[idx + 1]) of their `flat`."""
+        mine, itemsize = as_bytes(flat), flat.element_size()
+        begin, end = starts[self.idx], starts[self.idx + 1]
+        total = torch.empty(end - begin, dtype=sum_dtype(flat.dtype))
+        step = self._capacity // itemsize
+        for lo in range(0, flat.shape[0], step):
+            self._expose(operation, mine, lo * itemsize)
+            self._wait_all(operation)
+            first, last = max(begin, lo), min(end, lo + step)
+            for j in range(self.size):
+                self._check_total(j, operation, mine.shape[0])
+                if first < last:
+                    part = self._elements(j, flat.dtype)[first - lo : last - lo]
+                    _accumulate(total[first - begin : last - begin], part, start=j == 0)
+        return total.to(flat.dtype)
+
+    def _all_reduce_once(self, flat: Tensor) -> Tensor:
+        self._expose("all_reduce", as_bytes(flat), 0)
+        self._wait_all("all_reduce")
+        total = torch.empty(flat.shape[0], dtype=sum_dtype(flat.dtype))
+        for j in range(self.size):
+            self._check_total(j, "all_reduce", flat.shape[0] * flat.element_size())
+            _accumulate(total, self._elements(j, flat.dtype)[: flat.shape[0]], start=j == 0)
+        return total.to(flat.dtype)
+
+    def _elements(self, peer: int, dtype: torch.dtype) -> Tensor:
+        """The data of `peer`'s current half as elements of `dtype`; the views are kept."""
+        half = self._box.half
+        view = self._typed.get((peer, half, dtype))
+        if view is None:
+            start = self._box.data_range(half)
+            view = self._box.memory[peer][start : start + self._capacity].view(dtype)
+            self._typed[peer, half, dtype] = view
+        return view
+
+
+def _accumulate(total: Tensor, part: Tensor, *, start: bool) -> None:
+    if start:
+        total.copy_(part)
+    else:
+        total.add_(part.to(total.dtype))
