@@ -86,7 +86,8 @@ class Detokenizer:
             settled = self._decode(before)
             if settled + self._decode(after) == text:
                 new = self._stop_strings.feed(settled[self._num_shown :])
-                self._window, self._num_context, self._num_shown = after, 0, 0
+                self._window, self._num_context = after, 0
+                self._num_shown = max(0, self._num_shown - len(settled))
                 return new
         return ""
 
