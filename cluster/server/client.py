@@ -142,7 +142,7 @@ class Client:
         raise TimeoutError(f"{self._address} was not ready within {timeout_s:g} s: {seen}")
 
     def _call(
-        self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request
+        self, method: "grpc.UnaryUnaryMultiCallable[_Request, _Response]", request: _Request
     ) -> _Response:
         try:
             return method(request, timeout=self._timeout_s)
@@ -216,7 +216,7 @@ class AsyncClient:
         raise TimeoutError(f"{self._address} was not ready within {timeout_s:g} s: {seen}")
 
     async def _call(
-        self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request
+        self, method: "grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]", request: _Request
     ) -> _Response:
         try:
             return await method(request, timeout=self._timeout_s)
