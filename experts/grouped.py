@@ -1,6 +1,7 @@
-"""Grouped expert computation: rows sorted by slot, one gated MLP per slot in use, rows put back.
+"""Grouped expert computation: rows sorted by slot, two products per slot in use, rows put back.
 
-R received rows, K experts per token, P (row, k) pairs with a slot here, S slots, H hidden.
+R received rows, K experts per token, P (row, k) pairs with a slot here, S slots, H hidden,
+I intermediate.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from experts.mlp import gated_mlp
+from experts.activation import silu_and_multiply
+from experts.linear import stable_linear
 from experts.weights import ExpertSlots
 
 
@@ -21,17 +23,23 @@ def run_experts(x_RH: Tensor, local_slots_RK: Tensor, slots: ExpertSlots) -> Ten
     num_choices = local_slots_RK.shape[1]
     chosen = local_slots_RK.flatten()
     pairs_P = (chosen >= 0).nonzero().squeeze(1)
-    slot_P = chosen[pairs_P]
-    order_P = slot_P.argsort(stable=True)
+    slot_P, order_P = chosen[pairs_P].sort(stable=True)
     counts_S = torch.bincount(slot_P, minlength=slots.num_slots).tolist()
     if len(counts_S) > slots.num_slots:
         raise ValueError(f"slot({len(counts_S) - 1}) is outside [0, num_slots({slots.num_slots}))")
     sorted_PH = x_RH[pairs_P[order_P] // num_choices]
+    gate_up = _grouped_linear(sorted_PH, slots.w13, counts_S)
     y_PH = torch.empty_like(sorted_PH)
+    y_PH[order_P] = _grouped_linear(silu_and_multiply(gate_up), slots.w2, counts_S)
+    return y_PH
+
+
+def _grouped_linear(x_PI: Tensor, w_SOI: Tensor, counts_S: list[int]) -> Tensor:
+    """Each run of counts_S[s] rows times the transpose of w_SOI[s]: [P, O]."""
+    outputs = []
     start = 0
     for slot, count in enumerate(counts_S):
         if count:
-            part = slice(start, start + count)
-            y_PH[order_P[part]] = gated_mlp(sorted_PH[part], slots.w13[slot], slots.w2[slot])
+            outputs.append(stable_linear(x_PI[start : start + count], w_SOI[slot]))
             start += count
-    return y_PH
+    return torch.cat(outputs) if outputs else x_PI.new_empty(0, w_SOI.shape[1])

@@ -18,6 +18,9 @@ Measured with torch 2.13 (MKL 2024.2, oneDNN 3.12) on an AMD EPYC with avx512_bf
 - fp32 `torch.bmm`, M in 1..16, D in 16..576, N in 16..576: an entry does not depend on the batch
   count or the other entries; M = 2 and 3 depend on the alignment of the first operand. With two
   threads M = 5 does depend on the batch count.
+- around the products: fp32 `exp`, `softmax`, `rsqrt`, `sqrt` and sums or means over the last
+  dimension keep a row's bits; fp32 `silu`, `sigmoid`, `exp2` and bf16 `rsqrt` do not (the last
+  elements of a tensor, short of a vector, go through a scalar formula).
 
 Microseconds of one call, bf16 (fp32): 256x128 M=1 16 (3), M=8 17 (9), M=64 24 (47), M=256 53 (173);
 256x4096 74 (69), 99 (274), 352 (1601), 1291 (6296); 2048x1536 237 (189), 292 (1128), 1127 (5032),

@@ -167,3 +167,21 @@ def test_bmm_is_accurate():
         for operand in (b, b.mT.contiguous().mT):
             error = (stable_bmm(a, operand).double() - exact).norm() / exact.norm()
             assert error < 1e-6
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 20, 33, 64, 100, 256, 1000])
+def test_row_wise_functions_used_around_the_products(width):
+    """Gates, norms and the online softmax build on these in fp32; silu and sigmoid are not here."""
+    functions = {
+        "exp": torch.exp,
+        "softmax": lambda x: x.softmax(-1),
+        "rsqrt": lambda x: torch.rsqrt(x.abs() + 1e-3),
+        "mean square": lambda x: x.square().mean(-1, keepdim=True),
+        "sum": lambda x: x.sum(-1, keepdim=True),
+        "maximum": lambda x: x.amax(-1, keepdim=True),
+    }
+    x = torch.randn(203, width, generator=torch.Generator().manual_seed(width)) * 3
+    for name, function in functions.items():
+        for count in (1, 2, 5, 33):
+            parts = [function(part.clone()) for part in x.split(count)]
+            assert bits_equal(function(x), torch.cat(parts)), f"{name} {count=}"
