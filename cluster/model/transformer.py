@@ -1,0 +1,225 @@
+"""The whole model of one rank: embed, decoder layers, logits.
+
+Every rank of the world joins every expert exchange, also with no tokens of its own; all other
+exchanges stay inside the replica and are skipped together when it has no tokens.
+
+Legend: T tokens of the replica, O own rows of them, H hidden, V vocabulary, L logit rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.model.batch import ForwardBatch
+from cluster.model.checkpoint import Checkpoint
+from cluster.model.config import ModelConfig
+from cluster.model.kv_cache import KVCache
+from cluster.model.layers import DecoderLayer, DenseLayer, Step
+from cluster.model.loader import Loader
+from cluster.model.memory import tensor_bytes
+from cluster.model.norm import RmsNorm
+from cluster.model.paged import AttentionPlan
+from cluster.model.rope import RotaryTable
+from cluster.model.shards import TokenRows, shard, shard_sizes
+from comms.dispatcher import CombineMode, DispatchDtype, TokenDispatcher, TrafficLedger
+from comms.group import Group
+from comms.groups import ParallelGroups
+from experts.linear import stable_linear
+from experts.moe import MoELayer, Phase, untimed
+from router.placement import Placement
+
+
+class CommsOptions(Protocol):
+    """How tokens travel: the part of the configuration that the model passes on."""
+
+    @property
+    def all2all_backend(self) -> str: ...
+    @property
+    def dispatch_dtype(self) -> DispatchDtype: ...
+    @property
+    def combine(self) -> CombineMode: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer:
+    """One rank's part of the model. `ledger` counts the bytes that its expert layers sent."""
+
+    config: ModelConfig
+    tp: Group
+    embedding: Tensor
+    layers: tuple[DecoderLayer, ...]
+    norm: RmsNorm
+    head: Tensor
+    rotary: RotaryTable
+    ledger: TrafficLedger
+    phase: Phase
+
+    @staticmethod
+    def load(
+        path: str | Path,
+        config: ModelConfig,
+        groups: ParallelGroups,
+        placement: Placement,
+        dtype: torch.dtype,
+        comms: CommsOptions,
+        phase: Phase = untimed,
+    ) -> Transformer:
+        """Read this rank's share of a checkpoint directory; not collective.
+
+        `placement` has one layer for each of `config.moe_layers`. Raises CheckpointError naming
+        file and tensor, and ValueError for a layout that the model does not divide into.
+        """
+        from comms.make import make_dispatcher
+
+        loader = Loader(
+            checkpoint=Checkpoint(path),
+            config=config,
+            topology=groups.topology,
+            rank=groups.rank,
+            dtype=dtype,
+        )
+        ledger = TrafficLedger(topology=groups.topology)
+        dispatcher = make_dispatcher(
+            comms.all2all_backend,
+            groups,
+            slots_per_rank=placement.slots_per_rank,
+            hidden=config.hidden_size,
+            dispatch_dtype=comms.dispatch_dtype,
+            combine=comms.combine,
+            ledger=ledger,
+        )
+        return build(loader, groups, placement, dispatcher, ledger, phase)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor | None:
+        """Logits [L, V] in fp32 of the batch's `logit_rows` on TP rank 0, None on the others.
+
+        Collective: over the world for the experts, over the replica for the rest. Writes the
+        tokens' keys and values to `kv`. Raises ValueError for token ids outside the vocabulary.
+        """
+        rows = TokenRows(group=self.tp, num_tokens=batch.num_tokens)
+        step = Step(
+            rows=rows,
+            rotation=self.rotary.at(batch.positions_T),
+            plan=AttentionPlan.build(batch, kv.block_size),
+        )
+        x_OH = self._embed(batch.token_ids_T, rows)
+        for layer, cache in zip(self.layers, kv.layers, strict=True):
+            x_OH = layer.forward(x_OH, step, cache)
+        with self.phase("logits"):
+            return self._logits(x_OH, batch.logit_rows, rows)
+
+    def _embed(self, token_ids_T: Tensor, rows: TokenRows) -> Tensor:
+        """Each rank looks up its part of the vocabulary; the sum over ranks has one term."""
+        size = self.config.vocab_size
+        if bool(((token_ids_T < 0) | (token_ids_T >= size)).any()):
+            raise ValueError(f"token ids must be in [0, {size}), got {token_ids_T.tolist()}")
+        local_T = token_ids_T - shard(size, self.tp.size, self.tp.idx).start
+        elsewhere_T1 = ((local_T < 0) | (local_T >= len(self.embedding))).unsqueeze(1)
+        found_TH = self.embedding[local_T.clamp(0, len(self.embedding) - 1)]
+        return rows.scatter_sum(found_TH.masked_fill(elsewhere_T1, 0))
+
+    def _logits(self, x_OH: Tensor, logit_rows: Tensor, rows: TokenRows) -> Tensor | None:
+        """Each rank computes its part of the vocabulary; TP rank 0 keeps them all."""
+        size = self.config.vocab_size
+        if len(logit_rows) == 0:
+            return torch.zeros(0, size) if self.tp.idx == 0 else None
+        picked_LH = rows.gather(self.norm(x_OH))[logit_rows]
+        local_LV = stable_linear(picked_LH, self.head)
+        if self.tp.size == 1:
+            return local_LV.float()
+        logits_VL = self.tp.all_gather(local_LV.T.contiguous(), shard_sizes(size, self.tp.size))
+        return logits_VL.T.contiguous().float() if self.tp.idx == 0 else None
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of weights on this rank: experts (routed), attention, and other."""
+        moe_layers = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoELayer)]
+        total = self.rotary.num_bytes + tensor_bytes((self.embedding, self.norm))
+        total += 0 if self.head is self.embedding else self.head.nbytes
+        total += tensor_bytes(self.layers)
+        for moe in moe_layers:
+            total += tensor_bytes((moe.gate.weight_EH, moe.shared_expert))
+            if moe.gate.correction_bias_E is not None:
+                total += moe.gate.correction_bias_E.nbytes
+        attention = sum(tensor_bytes(layer.attention) for layer in self.layers)
+        experts = sum(moe.slots.num_bytes for moe in moe_layers)
+        return {"experts": experts, "attention": attention, "other": total - attention}
+
+    def expert_load(self) -> list[int]:
+        """(token, expert) pairs computed so far on this rank, by expert layer."""
+        return [
+            int(layer.mlp.tokens_per_slot_S.sum())
+            for layer in self.layers
+            if isinstance(layer.mlp, MoELayer)
+        ]
+
+
+def build(
+    loader: Loader,
+    groups: ParallelGroups,
+    placement: Placement,
+    dispatcher: TokenDispatcher,
+    ledger: TrafficLedger,
+    phase: Phase = untimed,
+) -> Transformer:
+    """Assemble this rank's modules; all expert layers share one dispatcher."""
+    config = loader.config
+    if placement.num_layers != config.num_moe_layers:
+        raise ValueError(
+            f"the placement has {placement.num_layers} layers, the model {config.num_moe_layers} "
+            "expert layers"
+        )
+    embedding = loader.embedding()
+    layers = tuple(
+        _layer(idx, loader, groups, placement, dispatcher, phase)
+        for idx in range(config.num_layers)
+    )
+    return Transformer(
+        config=config,
+        tp=groups.tp,
+        embedding=embedding,
+        layers=layers,
+        norm=loader.norm("norm"),
+        head=loader.head(embedding),
+        rotary=RotaryTable(config.rope, config.max_position_embeddings),
+        ledger=ledger,
+        phase=phase,
+    )
+
+
+def _layer(
+    idx: int,
+    loader: Loader,
+    groups: ParallelGroups,
+    placement: Placement,
+    dispatcher: TokenDispatcher,
+    phase: Phase,
+) -> DecoderLayer:
+    mlp: MoELayer | DenseLayer
+    if idx in loader.config.moe_layers:
+        moe_idx = loader.config.moe_layers.index(idx)
+        mlp = MoELayer(
+            gate=loader.gate(idx),
+            slots=loader.experts(moe_idx, placement),
+            dispatcher=dispatcher,
+            layer_placement=placement.layer(moe_idx),
+            # The choice among an expert's copies must not depend on which of the replica's ranks
+            # happens to own a token in this batch, so all of them choose as their leader does.
+            rank=groups.tp.ranks[0],
+            shared_expert=loader.shared_expert(idx),
+            phase=phase,
+        )
+    else:
+        mlp = DenseLayer(local=loader.dense_mlp(idx))
+    return DecoderLayer(
+        attention_norm=loader.norm(f"layers.{idx}.input_layernorm"),
+        attention=loader.attention(idx),
+        mlp_norm=loader.norm(f"layers.{idx}.post_attention_layernorm"),
+        mlp=mlp,
+        phase=phase,
+    )

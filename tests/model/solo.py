@@ -1,0 +1,66 @@
+"""A whole model on one rank inside the test process, with the plainest dispatcher there is."""
+
+import torch
+
+from cluster.model.batch import ForwardBatch
+from cluster.model.checkpoint import Checkpoint
+from cluster.model.config import ModelConfig
+from cluster.model.kv_cache import KVCache
+from cluster.model.loader import Loader
+from cluster.model.transformer import Transformer, build
+from comms.dispatcher import TrafficLedger
+from comms.groups import ParallelGroups
+from comms.solo import SoloGroup
+from comms.topology import Topology
+from router.placement import Placement
+from tests.experts.loopback import LoopbackDispatcher
+
+TOPOLOGY = Topology(num_nodes=1, ranks_per_node=1)
+
+
+def solo_groups() -> ParallelGroups:
+    names = ("world", "node", "rail", "tp", "leaders")
+    groups = {name: SoloGroup(name=name, rank=0) for name in names}
+    return ParallelGroups(topology=TOPOLOGY, rank=0, epoch=0, **groups)
+
+
+def load_solo(directory, dtype=torch.float32) -> Transformer:
+    config = ModelConfig.from_dir(directory)
+    checkpoint = Checkpoint(directory)
+    loader = Loader(checkpoint=checkpoint, config=config, topology=TOPOLOGY, rank=0, dtype=dtype)
+    placement = Placement.contiguous(config.num_moe_layers, config.num_experts, 1)
+    ledger = TrafficLedger(topology=TOPOLOGY)
+    return build(loader, solo_groups(), placement, LoopbackDispatcher(), ledger)
+
+
+def new_cache(model: Transformer, num_blocks: int, block_size: int, dtype=torch.float32) -> KVCache:
+    return KVCache(model.config, TOPOLOGY, num_blocks, block_size, dtype)
+
+
+def make_batch(parts, block_size: int) -> ForwardBatch:
+    """`parts`: (token_ids, first position, block table, positions in token_ids wanting logits)."""
+    ids, positions, slots, sequence, rows = [], [], [], [], []
+    for idx, (token_ids, start, table, wanted) in enumerate(parts):
+        rows += [len(ids) + w for w in wanted]
+        for offset, token in enumerate(token_ids):
+            position = start + offset
+            ids.append(token)
+            positions.append(position)
+            slots.append(int(table[position // block_size]) * block_size + position % block_size)
+            sequence.append(idx)
+    width = max((len(table) for _, _, table, _ in parts), default=0)
+    tables = torch.zeros(len(parts), width, dtype=torch.int64)
+    for idx, (_, _, table, _) in enumerate(parts):
+        tables[idx, : len(table)] = torch.as_tensor(table)
+
+    def as_int64(values):
+        return torch.tensor(values, dtype=torch.int64)
+
+    return ForwardBatch(
+        token_ids_T=as_int64(ids),
+        positions_T=as_int64(positions),
+        kv_slots_T=as_int64(slots),
+        block_tables_NB=tables,
+        sequence_T=as_int64(sequence),
+        logit_rows=as_int64(rows),
+    )
