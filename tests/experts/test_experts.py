@@ -13,7 +13,7 @@ from experts.weights import ExpertSlots
 
 # Largest relative L2 error of a row (all zeros: 1). BF16 rounds three times, 2e-3 each on average,
 # and a row whose sums cancel shows a few times that.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def random_slots(num_slots, hidden, intermediate, dtype, seed=0):

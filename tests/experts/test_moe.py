@@ -11,12 +11,13 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from comms.flat import FlatDispatcher
 from experts.mlp import GatedMLP
 from experts.moe import MoELayer
 from experts.weights import ExpertSlots
 from router.gate import Gate, GateConfig
 from router.placement import Placement
-from tests.experts.loopback import LoopbackDispatcher
+from tests.experts.test_layouts import one_rank
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 64, 48, 16, 4
 
@@ -61,7 +62,7 @@ def mixtral():
 MODELS = {f.__name__: f for f in (deepseek_v3, qwen3_moe, mixtral)}
 
 
-def build(name, dtype=torch.float32, num_redundant=0, **options):
+def build(name, dtype=torch.float32, num_redundant=0, combine="node", **options):
     """transformers' block with random weights, and our layer with the same."""
     torch.manual_seed(3)
     oracle, gate_config = MODELS[name]()
@@ -72,7 +73,7 @@ def build(name, dtype=torch.float32, num_redundant=0, **options):
         bias.copy_(torch.randn_like(bias) * 0.1)
     oracle.requires_grad_(False)
     placement = Placement.contiguous(1, EXPERTS, 1, num_redundant)
-    slots = ExpertSlots(placement.num_slots, HIDDEN, INTERMEDIATE, dtype)
+    slots = ExpertSlots(placement.slots_per_rank, HIDDEN, INTERMEDIATE, dtype)
     for slot, expert in placement.experts_of_rank(0, 0).items():
         gate, up = oracle.experts.gate_up_proj[expert].chunk(2)
         slots.load(slot, gate, up, oracle.experts.down_proj[expert])
@@ -84,7 +85,9 @@ def build(name, dtype=torch.float32, num_redundant=0, **options):
     layer = MoELayer(
         gate=Gate(gate_config, oracle.gate.weight, bias),
         slots=slots,
-        dispatcher=LoopbackDispatcher(),
+        dispatcher=FlatDispatcher(
+            one_rank(), slots_per_rank=slots.num_slots, hidden=HIDDEN, combine=combine
+        ),
         layer_placement=placement.layer(0),
         rank=0,
         shared_expert=shared,
@@ -104,10 +107,11 @@ def test_equals_transformers_in_fp32(name, num_redundant):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("combine", ["node", "exact"])
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_a_row_is_bit_identical_alone_and_in_any_batch(name, data):
-    _, layer = build(name, torch.bfloat16)
+def test_a_row_is_bit_identical_alone_and_in_any_batch(name, combine, data):
+    _, layer = build(name, torch.bfloat16, combine=combine)
     num_rows = data.draw(st.integers(1, 130))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x_TH = torch.randn(num_rows, HIDDEN, generator=generator).bfloat16()
