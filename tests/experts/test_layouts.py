@@ -25,7 +25,7 @@ def one_rank():
     )  # fmt: skip
 
 
-def forward_share(groups, rows, backend, num_redundant):
+def forward_share(groups, rows, backend, num_redundant, dtype):
     """On one rank: the outputs of its share of the rows, and what its slots have counted."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(5)
@@ -36,8 +36,8 @@ def forward_share(groups, rows, backend, num_redundant):
     w13 = torch.randn(10, 2 * INTERMEDIATE, HIDDEN, generator=generator) / 8
     w2 = torch.randn(10, HIDDEN, INTERMEDIATE, generator=generator) / 7
     gate = Gate(GATE, torch.randn(10, HIDDEN, generator=generator))
-    x_TH = torch.randn(NUM_ROWS, HIDDEN, generator=generator).bfloat16()
-    slots = ExpertSlots(placement.slots_per_rank, HIDDEN, INTERMEDIATE, torch.bfloat16)
+    x_TH = torch.randn(NUM_ROWS, HIDDEN, generator=generator).to(dtype)
+    slots = ExpertSlots(placement.slots_per_rank, HIDDEN, INTERMEDIATE, dtype)
     for slot, expert in placement.experts_of_rank(0, groups.rank).items():
         slots.load(slot, *w13[expert].chunk(2), w2[expert])
     layer = MoELayer(
@@ -62,10 +62,11 @@ def test_every_layout_gives_the_bits_of_one_rank(
     rank_pool, backend, nodes, ranks, num_redundant, rows
 ):
     """Uneven and empty shares, experts that do not divide, redundant copies: the same 41 rows."""
-    expected_TH, _ = forward_share(one_rank(), [0, NUM_ROWS], "flat", 0)
-    assert expected_TH.float().norm(dim=1).min() > 0
     topology = Topology(num_nodes=nodes, ranks_per_node=ranks)
-    results = rank_pool.run(forward_share, topology, rows, backend, num_redundant)
-    assert torch.equal(torch.cat([out_TH for out_TH, _ in results]), expected_TH)
-    num_pairs = sum(int(tokens_per_slot_S.sum()) for _, tokens_per_slot_S in results)
-    assert num_pairs == NUM_ROWS * GATE.num_experts_per_token
+    for dtype in (torch.float32, torch.bfloat16):
+        expected_TH, _ = forward_share(one_rank(), [0, NUM_ROWS], "flat", 0, dtype)
+        assert expected_TH.float().norm(dim=1).min() > 0
+        results = rank_pool.run(forward_share, topology, rows, backend, num_redundant, dtype)
+        assert torch.equal(torch.cat([out_TH for out_TH, _ in results]), expected_TH)
+        num_pairs = sum(int(tokens_per_slot_S.sum()) for _, tokens_per_slot_S in results)
+        assert num_pairs == NUM_ROWS * GATE.num_experts_per_token
