@@ -14,8 +14,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ServeConfig
+from cluster.engine.runner import max_model_len
 from cluster.model.config import ModelConfig
 from cluster.server.gateway import Gateway
+from cluster.server.request import ModelInfo
 from cluster.server.service import GrpcServer
 from cluster.server.tokenizer import load_tokenizer
 from cluster.worker import Worker
@@ -156,7 +158,19 @@ class Controller:
         return [ip for _, ip in places]
 
     async def _open_for_requests(self, model_config: ModelConfig) -> str:
-        self._gateway = Gateway(self._config, load_tokenizer(self._config.model), model_config)
+        self._gateway = Gateway(
+            self._config,
+            load_tokenizer(self._config.model),
+            ModelInfo(
+                name=self._config.model_name,
+                vocab_size=model_config.vocab_size,
+                max_model_len=max_model_len(self._config, model_config),
+                eos_token_ids=model_config.eos_token_ids,
+                architecture=model_config.architecture,
+                dtype=self._config.dtype,
+            ),
+            bind_host=self._host,
+        )
         gateway_address = await self._gateway.start()
         for replica, address in enumerate(self._leader_addresses):
             self._gateway.attach(replica, address)
@@ -199,4 +213,8 @@ def _shortage(config: ServeConfig) -> str:
 
 def _cause(sentinel: asyncio.Future[None]) -> str:
     error = sentinel.exception()
-    return "its loop returned unasked" if error is None else str(error)
+    if error is None:
+        return "its loop returned unasked"
+    logger.error("%s", error)  # with the rank's own traceback
+    cause = getattr(error, "cause", error)
+    return f"{type(cause).__name__}: {cause}"

@@ -70,7 +70,8 @@ def prefill_logits(
     Each prompt is one prefill step of its own, the same on every replica.
     """
     runner = Runner.load(config, groups)
-    logits = [runner.forward(_whole_prompt(prompt, runner.cache.block_size)) for prompt in prompts]
+    batches = [_whole_prompt(prompt, runner.cache.block_size) for prompt in prompts]
+    logits = [runner.model.forward(batch, runner.cache) for batch in batches]
     return [rows for rows in logits if rows is not None]
 
 

@@ -10,7 +10,8 @@ def generate_command(prompt: str, *, endpoint: str, **sampling: Any) -> int:
     """Print the completion as it arrives; exit code 1 with the server's reason when refused."""
     try:
         with Client(endpoint) as client:
-            for chunk in client.generate_stream(prompt, **sampling):
+            given = {name: value for name, value in sampling.items() if value is not None}
+            for chunk in client.generate_stream(prompt, **given):
                 print(chunk.text, end="", flush=True)
     except ClientError as error:
         print(f"{endpoint}: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ import ray
 
 from cluster.config import ConfigError, ServeConfig
 from cluster.model.errors import CheckpointError, UnsupportedModelError
+from cluster.server.tokenizer import TokenizerError
 from deploy.cluster import NotEnoughResourcesError, running_cluster, sigterm_as_interrupt
 
 
@@ -43,7 +44,7 @@ def serve(config: ServeConfig) -> int:
     except KeyboardInterrupt:
         print("stopped", flush=True)
         return 0
-    except (ConfigError, UnsupportedModelError, CheckpointError) as error:
+    except (ConfigError, UnsupportedModelError, CheckpointError, TokenizerError) as error:
         print(error, file=sys.stderr)
         return 2
     except NotEnoughResourcesError as error:

@@ -87,6 +87,7 @@ def reference_outputs(
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    model.generation_config.eos_token_id = None  # we compare `num_tokens` tokens, whatever they are
     outputs = []
     for prompt in prompts:
         tokens = torch.tensor([prompt])
@@ -96,10 +97,8 @@ def reference_outputs(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 do_sample=False,
-                min_new_tokens=num_tokens,
                 max_new_tokens=num_tokens,
                 pad_token_id=0,
-                eos_token_id=-1,
             )
         outputs.append((logits, generated[0, len(prompt) :].tolist()))
     return outputs

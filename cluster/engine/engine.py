@@ -17,7 +17,7 @@ import torch
 from cluster.config import ServeConfig
 from cluster.engine.mailbox import Frame, Mailbox
 from cluster.engine.plan import StepPlan
-from cluster.engine.runner import Runner
+from cluster.engine.runner import Runner, max_model_len
 from cluster.engine.sampler import sample
 from cluster.engine.scheduler import Scheduler, SchedulerConfig
 from cluster.engine.sequence import SamplingParams, Sequence, TokenEvent
@@ -149,7 +149,7 @@ def build_engine(
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             block_size=config.cache.block_size,
             num_blocks=runner.cache.num_blocks,
-            max_model_len=config.max_model_len or model.max_model_len,
+            max_model_len=max_model_len(config, model),
             eos_token_ids=model.eos_token_ids,
             vocab_size=model.vocab_size,
         )

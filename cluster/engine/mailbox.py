@@ -89,7 +89,7 @@ class LocalMailbox:
 def unpack(data: bytes) -> Frame | None:
     """Decode one frame, or log and return None when it is not a msgpack map with a type."""
     try:
-        frame = msgpack.unpackb(data, strict_map_key=True, max_buffer_size=MAX_FRAME_BYTES)
+        frame = msgpack.unpackb(data, strict_map_key=True, max_ext_len=0)
     except (ValueError, msgpack.UnpackException) as error:
         logger.warning("dropped a malformed frame of %d bytes: %s", len(data), error)
         return None

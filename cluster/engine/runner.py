@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.config import ServeConfig
+from cluster.config import ConfigError, ServeConfig
 from cluster.engine.batch import forward_batch
 from cluster.engine.plan import StepPlan
 from cluster.engine.step_timer import StepTimer
@@ -15,6 +15,7 @@ from cluster.model.config import ModelConfig
 from cluster.model.kv_cache import KVCache
 from cluster.model.transformer import Transformer
 from comms.groups import ParallelGroups
+from experts.moe import MoELayer
 from router.placement import Placement
 
 GIB = 1 << 30
@@ -44,6 +45,7 @@ class Runner:
             model_config.num_experts,
             groups.topology.world_size,
             config.experts.num_redundant_experts,
+            ranks_per_node=groups.topology.ranks_per_node,
         )
         timer = StepTimer()
         model = Transformer.load(
@@ -57,6 +59,11 @@ class Runner:
         """fp32 logits [len(plan.logit_items), V] on TP rank 0, None elsewhere."""
         return self.model.forward(forward_batch(plan, self.cache.block_size), self.cache)
 
+    def expert_load(self) -> list[int]:
+        """(token, expert) pairs computed by this rank since the start, per expert layer."""
+        layers = (layer.mlp for layer in self.model.layers)
+        return [int(moe.tokens_per_slot_S.sum()) for moe in layers if isinstance(moe, MoELayer)]
+
     def memory(self) -> dict[str, int]:
         """Bytes held by this rank, by kind."""
         return {**self.model.memory(), "kv_cache": self.cache.num_bytes}
@@ -66,7 +73,7 @@ class Runner:
         phase; and the memory held."""
         ledger = self.model.ledger
         return {
-            "expert_load": self.model.expert_load(),
+            "expert_load": self.expert_load(),
             "bytes": {
                 "intra_node": ledger.intra_node_bytes(),
                 "inter_node": ledger.inter_node_bytes(),
@@ -84,3 +91,14 @@ def num_cache_blocks(config: ServeConfig, model_config: ModelConfig, groups: Par
         model_config, groups.topology, getattr(torch, config.dtype), config.cache.block_size
     )
     return max(1, int(config.cache.memory_gib * GIB) // per_block)
+
+
+def max_model_len(config: ServeConfig, model_config: ModelConfig) -> int:
+    """Longest prompt plus completion, in tokens; ConfigError when set beyond the model's own."""
+    limit = model_config.max_position_embeddings
+    if (config.max_model_len or 0) > limit:
+        raise ConfigError(
+            f"max_model_len = {config.max_model_len} exceeds the model's max_position_embeddings "
+            f"= {limit}"
+        )
+    return config.max_model_len or limit

@@ -1,0 +1,22 @@
+"""One served cluster for all tests that talk to it as a client would."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.deploy.processes import EXPERTMESH, Command, running
+
+START_TIMEOUT_S = 120
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Command]:
+    """`expertmesh serve` with the demo's configuration: 2 logical nodes x 2 ranks, BF16, mosaic."""
+    with running([EXPERTMESH, "serve", "scheduler.max_num_queued_reqs=64"]) as command:
+        command.wait_for(r"serving mosaic on (\S+)", START_TIMEOUT_S)
+        yield command
+
+
+@pytest.fixture
+def endpoint(served: Command) -> str:
+    return served.wait_for(r"serving mosaic on (\S+)", 1)[1]

@@ -1,0 +1,135 @@
+"""Start our commands as a user would, and see what they leave behind."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+EXPERTMESH = str(Path(sys.executable).with_name("expertmesh"))
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Command:
+    """A running command whose output is collected line by line."""
+
+    def __init__(self, arguments: Sequence[str], **environment: str) -> None:
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            arguments,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "80", **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._collect, daemon=True)
+        self._reader.start()
+
+    def _collect(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(line.rstrip("\n") for line in self.process.stdout)
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait_for(self, pattern: str, timeout_s: float) -> re.Match[str]:
+        """The first match of `pattern` in the output; fails when the command ends without it."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if match := re.search(pattern, self.output):
+                return match
+            if self.process.poll() is not None and not self._reader.is_alive():
+                break
+            time.sleep(0.05)
+        raise AssertionError(f"{pattern!r} did not appear within {timeout_s} s in:\n{self.output}")
+
+    def wait(self, timeout_s: float) -> int:
+        """The exit code."""
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.output}") from None
+        self._reader.join(5)
+        return code
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def close(self) -> None:
+        """End the command and everything it started; for the `finally` of a test."""
+        with contextlib.suppress(psutil.Error):
+            family = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(30)
+            for process in [*family, self.process]:
+                with contextlib.suppress(psutil.Error, OSError):
+                    process.kill()
+        self.process.wait(5)
+        self._reader.join(5)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def running(arguments: Sequence[str], **environment: str) -> Iterator[Command]:
+    command = Command(arguments, **environment)
+    try:
+        yield command
+    finally:
+        command.close()
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What a command could leave on this machine."""
+
+    processes: frozenset[int]
+    shared_memory: frozenset[str]
+    temporary_files: frozenset[str]
+
+    @staticmethod
+    def now() -> "Traces":
+        return Traces(
+            processes=frozenset(_ray_or_ours()),
+            shared_memory=frozenset(os.listdir("/dev/shm")),
+            temporary_files=frozenset(
+                name
+                for name in os.listdir(tempfile.gettempdir())
+                if name.startswith(("expertmesh", "ray"))
+            ),
+        )
+
+    def left_since(self, before: "Traces") -> dict[str, list[str]]:
+        """What is here now and was not before; empty when nothing was left behind."""
+        left = {
+            "processes": sorted(map(_describe, self.processes - before.processes)),
+            "shared_memory": sorted(self.shared_memory - before.shared_memory),
+            "temporary_files": sorted(self.temporary_files - before.temporary_files),
+        }
+        return {kind: names for kind, names in left.items() if names}
+
+
+def _ray_or_ours() -> Iterator[int]:
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if any(mark in line for mark in ("ray::", "raylet", "gcs_server", "expertmesh", "ray/")):
+            yield process.pid
+
+
+def _describe(pid: int) -> str:
+    with contextlib.suppress(psutil.Error):
+        return f"{pid}: {' '.join(psutil.Process(pid).cmdline())[:200]}"
+    return f"{pid}: ended meanwhile"
