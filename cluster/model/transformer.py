@@ -29,6 +29,7 @@ from cluster.model.shards import TokenRows, shard, shard_sizes
 from comms.dispatcher import CombineMode, DispatchDtype, TokenDispatcher, TrafficLedger
 from comms.group import Group
 from comms.groups import ParallelGroups
+from comms.make import make_dispatcher
 from experts.linear import stable_linear
 from experts.moe import MoELayer, Phase, untimed
 from router.placement import Placement
@@ -74,8 +75,6 @@ class Transformer:
         `placement` has one layer for each of `config.moe_layers`. Raises CheckpointError naming
         file and tensor, and ValueError for a layout that the model does not divide into.
         """
-        from comms.make import make_dispatcher
-
         loader = Loader(
             checkpoint=Checkpoint(path),
             config=config,

@@ -1,19 +1,16 @@
-"""A whole model on one rank inside the test process, with the plainest dispatcher there is."""
+"""A whole model on one rank inside the test process, over groups of one."""
 
 import torch
 
+from cluster.config import CommsConfig
 from cluster.model.batch import ForwardBatch
-from cluster.model.checkpoint import Checkpoint
 from cluster.model.config import ModelConfig
 from cluster.model.kv_cache import KVCache
-from cluster.model.loader import Loader
-from cluster.model.transformer import Transformer, build
-from comms.dispatcher import TrafficLedger
+from cluster.model.transformer import Transformer
 from comms.groups import ParallelGroups
 from comms.solo import SoloGroup
 from comms.topology import Topology
 from router.placement import Placement
-from tests.experts.loopback import LoopbackDispatcher
 
 TOPOLOGY = Topology(num_nodes=1, ranks_per_node=1)
 
@@ -26,11 +23,8 @@ def solo_groups() -> ParallelGroups:
 
 def load_solo(directory, dtype=torch.float32) -> Transformer:
     config = ModelConfig.from_dir(directory)
-    checkpoint = Checkpoint(directory)
-    loader = Loader(checkpoint=checkpoint, config=config, topology=TOPOLOGY, rank=0, dtype=dtype)
     placement = Placement.contiguous(config.num_moe_layers, config.num_experts, 1)
-    ledger = TrafficLedger(topology=TOPOLOGY)
-    return build(loader, solo_groups(), placement, LoopbackDispatcher(), ledger)
+    return Transformer.load(directory, config, solo_groups(), placement, dtype, CommsConfig())
 
 
 def new_cache(model: Transformer, num_blocks: int, block_size: int, dtype=torch.float32) -> KVCache:
