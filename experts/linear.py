@@ -9,12 +9,13 @@ found to add in the same order on this machine. One thread per rank is assumed
 Measured with torch 2.13 (MKL 2024.2, oneDNN 3.12) on an AMD EPYC with avx512_bf16, one thread,
 271 shapes (I 16..2048, O 1..4096), cancelling operands:
 
-- fp32 `F.linear` (MKL): M=1, 2, 3 and the last row of odd M differ from M=4, 8, 16, ... at every
-  shape; multiples of 8 agree everywhere. Repetition, position and neighbours do not matter, except
-  where I is no multiple of 16; an unaligned x matters when O <= 8, an unaligned weight when M = 1.
-- bf16 `F.linear`: a switch from a native to a oneDNN kernel near M*I*O = 4096 to 8192 changes the
-  bits (43 of 271 shapes differ among M = 8..256), and M=1 differs at 113 shapes. Alignment,
-  position and repetition do not matter. Plain random data shows almost none of this.
+- fp32 `F.linear` (MKL): M=1 differs at every shape; M = 8, 16, 32, 64, 256 agree at every shape. On
+  eleven shapes and random data M=2 and 3 and the last row of an odd M differed too. An unaligned x
+  matters when O <= 8, an unaligned weight when M = 1. Position in the tile mattered in the one case
+  tried where I is no multiple of 16 (33x7); repetition and neighbours never did.
+- bf16 `F.linear`: a native kernel gives way to oneDNN's above M*I*O = 4096, with other bits: 43
+  shapes differ among M = 8..256, and M=1 differs at 113. Alignment, position and repetition never
+  mattered. Plain random data shows almost none of this.
 - fp32 `torch.bmm`, M in 1..16, D in 16..576, N in 16..576: an entry does not depend on the batch
   count or the other entries; M = 2 and 3 depend on the alignment of the first operand. With two
   threads M = 5 does depend on the batch count.
