@@ -3,11 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Self
-
-if TYPE_CHECKING:
-    from cluster.config import ServeConfig
-    from cluster.model.config import ModelConfig
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +24,6 @@ class ModelInfo:
                 "a model needs vocab_size >= 1 and max_model_len >= 2: "
                 f"{self.vocab_size=}, {self.max_model_len=}"
             )
-
-    @classmethod
-    def from_config(cls, config: "ServeConfig", model: "ModelConfig") -> Self:
-        return cls(
-            name=config.model_name,
-            vocab_size=model.vocab_size,
-            max_model_len=config.max_model_len or model.max_position_embeddings,
-            eos_token_ids=model.eos_token_ids,
-            architecture=model.architecture,
-            dtype=config.dtype,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

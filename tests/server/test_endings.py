@@ -181,17 +181,22 @@ def test_engine_error_ends_that_request_only():
         )
 
 
-def test_slow_reader_is_ended_alone():
+def test_slow_reader_is_ended_alone_and_gets_what_was_kept():
+    got = []
+
     async def read_late(gateway):
-        slow = gateway.generate(GenerationRequest(prompt=PROMPT, sampling={"max_tokens": 100}))
+        sampling = {"max_tokens": 100, "seed": 0}
+        slow = gateway.generate(GenerationRequest(prompt=PROMPT, sampling=sampling))
         await anext(slow)
         while gateway.num_in_flight:
             await asyncio.sleep(0.01)
-        return [chunk async for chunk in slow]
+        async for chunk in slow:
+            got.extend(chunk.token_ids)
 
     with serve("server.max_buffered_tokens=20") as serving:
         with pytest.raises(RequestError, match=r"RESOURCE_EXHAUSTED.*max_buffered_tokens = 20"):
             serving.call(read_late(serving.gateway))
+        assert got == completion(PROMPT, 0, VOCAB_SIZE, 21)
         serving.leaders[0].wait_for("abort")
         assert len(serving.client.generate(PROMPT, max_tokens=100).token_ids) == 100
 
