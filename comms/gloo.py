@@ -22,16 +22,18 @@ from torch.distributed import (
 from comms.group import CommError, CommTimeout
 from comms.sizes import (
     as_bytes,
+    check_counts,
     check_sizes,
     empty_rows,
     even_sizes,
     row_bytes,
-    sum_dtype,
+    sum_in_order,
 )
 from comms.store import PrefixStore, Store
 
 _ONE_SHOT_BYTES = 64 * 1024  # beyond this an all-reduce is a reduce-scatter and an all-gather
 _NOTE_S = 0.4  # how long the late may be behind the first to time out
+_SLICE_S = 0.2
 _TIMEOUT_WORDS = ("timed out", "timeout", "timedout")
 
 
@@ -67,7 +69,7 @@ class GlooGroup:
         )
 
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        check_sizes(x, sizes, self.size, rows=sizes[self.idx])
+        check_sizes(x, sizes, self.size, self.idx)
         out = empty_rows(x, sum(sizes))
         unit = row_bytes(x)
         copies = as_bytes(x).repeat(self.size)  # gloo's own all-gather wants equal sizes
@@ -86,18 +88,19 @@ class GlooGroup:
             [n * unit for n in sizes],
             [mine * unit] * self.size,
         )
-        return _sum_in_order(parts)
+        return _sum(parts)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1)
         if flat.shape[0] * flat.element_size() <= _ONE_SHOT_BYTES:
             sizes = [flat.shape[0]] * self.size
-            return _sum_in_order(self.all_gather(flat, sizes).view(self.size, -1)).view(x.shape)
+            return _sum(self.all_gather(flat, sizes).view(self.size, -1)).view(x.shape)
         sizes = even_sizes(flat.shape[0], self.size)
         return self.all_gather(self.reduce_scatter(flat, sizes), sizes).view(x.shape)
 
     def all_to_all(self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> Tensor:
         check_sizes(x, send_sizes, self.size)
+        check_counts(recv_sizes, self.size)
         out = empty_rows(x, sum(recv_sizes))
         unit = row_bytes(x)
         self._exchange(
@@ -158,7 +161,7 @@ class GlooGroup:
         def call() -> None:
             options = AllToAllOptions()
             options.timeout = timedelta(seconds=timeout_s or self._timeout_s)
-            self._pg.alltoall_base(out, data, recv_bytes, send_bytes, options).wait()
+            self._wait(self._pg.alltoall_base(out, data, recv_bytes, send_bytes, options))
 
         self._guard(operation, timeout_s, call)
 
@@ -172,9 +175,22 @@ class GlooGroup:
             options = BroadcastOptions()
             options.rootRank = source
             options.timeout = timedelta(seconds=timeout_s or self._timeout_s)
-            self._pg.broadcast([data], options).wait()
+            self._wait(self._pg.broadcast([data], options))
 
         self._guard(operation, timeout_s, call)
+
+    def _wait(self, work: Any) -> None:
+        """In slices, so that an abort from another thread is seen; gloo keeps the deadline."""
+        while True:
+            try:
+                work.wait(timedelta(seconds=_SLICE_S))
+                return
+            except RuntimeError:
+                if self._error is not None:
+                    raise
+                if work.is_completed():  # by itself, not because the slice is over
+                    work.wait()
+                    return
 
     # -- failure -----------------------------------------------------------------------------
 
@@ -215,8 +231,7 @@ class GlooGroup:
             return []
 
 
-def _sum_in_order(parts: Tensor) -> Tensor:
-    total = parts[0].to(sum_dtype(parts.dtype), copy=True)
-    for part in parts[1:]:
-        total.add_(part.to(total.dtype))
-    return total.to(parts.dtype)
+def _sum(parts: Tensor) -> Tensor:
+    total = torch.empty_like(parts[0])
+    sum_in_order(total.view(-1), [part.view(-1) for part in parts])
+    return total

@@ -9,6 +9,7 @@ import pickle
 import signal
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -71,7 +72,8 @@ def _run(task: Task, store: TCPStore) -> Any:
             timeout_s=task.timeout_s,
         )
         result = task.fn(groups, *task.args)
-        groups.world.barrier()  # nobody closes while a peer still needs what it sent
+        with suppress(CommError):  # whoever broke the world reports it itself
+            groups.world.barrier()  # nobody closes while a peer still needs what it sent
         return result
     except BaseException as error:  # noqa: BLE001  (whatever it is belongs to the caller)
         if groups is not None and not isinstance(error, CommError):

@@ -13,12 +13,13 @@ from torch import Tensor
 from comms.mailbox import Mailbox
 from comms.sizes import (
     as_bytes,
+    check_counts,
     check_sizes,
     empty_rows,
     even_sizes,
     offsets_of,
     row_bytes,
-    sum_dtype,
+    sum_in_order,
 )
 from comms.store import Store
 
@@ -59,7 +60,7 @@ class ShmGroup:
         )
 
     def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        check_sizes(x, sizes, self.size, rows=sizes[self.idx])
+        check_sizes(x, sizes, self.size, self.idx)
         out = empty_rows(x, sum(sizes))
         self._gather_bytes(as_bytes(x), as_bytes(out), offsets_of(sizes, row_bytes(x)))
         return out
@@ -80,6 +81,7 @@ class ShmGroup:
 
     def all_to_all(self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> Tensor:
         check_sizes(x, send_sizes, self.size)
+        check_counts(recv_sizes, self.size)
         box, capacity, mine = self._box, self._capacity, as_bytes(x)
         sent = offsets_of(send_sizes, row_bytes(x))
         received = offsets_of(recv_sizes, row_bytes(x))
@@ -225,27 +227,30 @@ class ShmGroup:
         """Sum over the members of elements [starts[idx], starts[idx + 1]) of their `flat`."""
         mine, itemsize = as_bytes(flat), flat.element_size()
         begin, end = starts[self.idx], starts[self.idx + 1]
-        total = torch.empty(end - begin, dtype=sum_dtype(flat.dtype))
+        total = torch.empty(end - begin, dtype=flat.dtype)
         step = self._capacity // itemsize
         for lo in range(0, flat.shape[0], step):
             self._expose(operation, mine, lo * itemsize)
             self._wait_all(operation)
             first, last = max(begin, lo), min(end, lo + step)
+            parts = []
             for j in range(self.size):
                 self._check_total(j, operation, mine.shape[0])
-                if first < last:
-                    part = self._elements(j, flat.dtype)[first - lo : last - lo]
-                    _accumulate(total[first - begin : last - begin], part, start=j == 0)
-        return total.to(flat.dtype)
+                parts.append(self._elements(j, flat.dtype)[max(0, first - lo) : max(0, last - lo)])
+            if first < last:
+                sum_in_order(total[first - begin : last - begin], parts)
+        return total
 
     def _all_reduce_once(self, flat: Tensor) -> Tensor:
         self._expose("all_reduce", as_bytes(flat), 0)
         self._wait_all("all_reduce")
-        total = torch.empty(flat.shape[0], dtype=sum_dtype(flat.dtype))
+        parts = []
         for j in range(self.size):
             self._check_total(j, "all_reduce", flat.shape[0] * flat.element_size())
-            _accumulate(total, self._elements(j, flat.dtype)[: flat.shape[0]], start=j == 0)
-        return total.to(flat.dtype)
+            parts.append(self._elements(j, flat.dtype)[: flat.shape[0]])
+        total = torch.empty(flat.shape[0], dtype=flat.dtype)
+        sum_in_order(total, parts)
+        return total
 
     def _elements(self, peer: int, dtype: torch.dtype) -> Tensor:
         """The data of `peer`'s current half as elements of `dtype`; the views are kept."""
@@ -256,10 +261,3 @@ class ShmGroup:
             view = self._box.memory[peer][start : start + self._capacity].view(dtype)
             self._typed[peer, half, dtype] = view
         return view
-
-
-def _accumulate(total: Tensor, part: Tensor, *, start: bool) -> None:
-    if start:
-        total.copy_(part)
-    else:
-        total.add_(part.to(total.dtype))

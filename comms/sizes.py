@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+_SUM_BLOCK = 16 * 1024  # elements
+
 
 def as_bytes(x: Tensor) -> Tensor:
     """A flat uint8 view of x (of a contiguous copy when x is not contiguous)."""
@@ -31,13 +33,20 @@ def offsets_of(sizes: Iterable[int], unit: int = 1) -> list[int]:
     return offsets
 
 
-def check_sizes(x: Tensor, sizes: Sequence[int], group_size: int, rows: int | None = None) -> None:
-    """ValueError unless `sizes` has one count per member and x has `rows` (default their sum)."""
+def check_sizes(x: Tensor, sizes: Sequence[int], group_size: int, mine: int | None = None) -> None:
+    """ValueError unless there is one count >= 0 per member and x has as many rows as they say.
+
+    That is sizes[mine] rows, or all of them where `mine` is None.
+    """
+    check_counts(sizes, group_size)
+    rows = sum(sizes) if mine is None else sizes[mine]
+    if x.dim() == 0 or x.shape[0] != rows:
+        raise ValueError(f"expected {rows} rows (sizes {list(sizes)}), got {list(x.shape)}")
+
+
+def check_counts(sizes: Sequence[int], group_size: int) -> None:
     if len(sizes) != group_size or min(sizes) < 0:
         raise ValueError(f"expected {group_size} sizes >= 0, got {list(sizes)}")
-    expected = sum(sizes) if rows is None else rows
-    if x.dim() == 0 or x.shape[0] != expected:
-        raise ValueError(f"expected {expected} rows (sizes {list(sizes)}), got {tuple(x.shape)}")
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,6 +54,24 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_floating_point and dtype != torch.float64:
         return torch.float32
     return dtype
+
+
+def sum_in_order(out: Tensor, parts: Sequence[Tensor]) -> None:
+    """out = parts[0] + parts[1] + ... in `sum_dtype`, all flat and of one dtype.
+
+    Block by block: the sums stay in cache, and nothing large is allocated.
+    """
+    wide = sum_dtype(out.dtype)
+    block = min(_SUM_BLOCK, out.shape[0])
+    scratch = None if wide == out.dtype else torch.empty(block, dtype=wide)
+    for lo in range(0, out.shape[0], _SUM_BLOCK):
+        piece = out[lo : lo + _SUM_BLOCK]
+        total = piece if scratch is None else scratch[: piece.shape[0]]
+        total.copy_(parts[0][lo : lo + _SUM_BLOCK])
+        for part in parts[1:]:
+            total.add_(part[lo : lo + _SUM_BLOCK].to(wide))
+        if scratch is not None:
+            piece.copy_(total)
 
 
 def even_sizes(total: int, parts: int) -> list[int]:

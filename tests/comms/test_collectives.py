@@ -1,0 +1,184 @@
+"""Collectives of both backends against torch sums and concatenations of plain tensors."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from comms.groups import CommError, Group, ParallelGroups
+from comms.shm import ShmGroup
+from comms.sizes import even_sizes
+from comms.store import connect_store, host_store
+from comms.topology import Topology
+
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.int64,
+    torch.float64,
+    torch.bool,
+)
+SIZES = ([2, 0, 3, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 900, 0], [700, 3, 0, 500])
+SUMMED = (torch.float32, torch.bfloat16, torch.int64, torch.float64)
+
+
+def rows_of(rank: int, num_rows: int, dtype: torch.dtype, tail: tuple[int, ...] = (7,)) -> Tensor:
+    """What `rank` brings: random, but every rank can work out everybody's."""
+    generator = torch.Generator().manual_seed(100 * rank + num_rows)
+    if not dtype.is_floating_point:
+        return torch.randint(0, 2 if dtype == torch.bool else 1000, (num_rows, *tail),
+                             generator=generator).to(dtype)  # fmt: skip
+    return torch.randn((num_rows, *tail), generator=generator, dtype=torch.float64).to(dtype)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bytes_of(a) == bytes_of(b)
+
+
+def bytes_of(x: Tensor) -> bytes:
+    return bytes(x.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def sum_of(parts: list[Tensor]) -> Tensor:
+    """The documented rule: fp32 in rank order, then one cast."""
+    wide = torch.float32 if parts[0].dtype == torch.bfloat16 else parts[0].dtype
+    total = torch.zeros(parts[0].shape, dtype=wide)
+    for part in parts:
+        total = total + part.to(wide)
+    return total.to(parts[0].dtype)
+
+
+def check_group(group: Group, scale: int = 1) -> None:
+    """Every collective, dtype and shape on one group; `scale` multiplies all sizes."""
+    n, me = group.size, group.idx
+    for sizes in ([size * scale for size in sizes[:n]] for sizes in SIZES):
+        for dtype in DTYPES:
+            all_rows = [rows_of(i, sizes[i], dtype) for i in range(n)]
+            assert same(group.all_gather(all_rows[me], sizes), torch.cat(all_rows))
+            blocks = [[rows_of(10 * i + j, sizes[(i + j) % n], dtype) for j in range(n)]
+                      for i in range(n)]  # fmt: skip
+            sent = [len(block) for block in blocks[me]]
+            received = [len(blocks[i][me]) for i in range(n)]
+            got = group.all_to_all(torch.cat(blocks[me]), sent, received)
+            assert same(got, torch.cat([blocks[i][me] for i in range(n)]))
+            for source in range(n):
+                x = rows_of(source, 3 * scale, dtype, (2, 5))
+                mine = x if me == source else torch.full_like(x.float(), 9).to(dtype)
+                assert same(group.broadcast(mine, source), x)
+        for dtype in SUMMED:
+            wholes = [rows_of(i, sum(sizes), dtype) for i in range(n)]
+            expected = sum_of(wholes)
+            assert same(group.all_reduce(wholes[me]), expected)
+            mine = torch.split(expected, sizes)[me]
+            assert same(group.reduce_scatter(wholes[me], sizes), mine)
+    for source in range(n):
+        for data in (b"", b"x", os.urandom(5) * 1000 * scale):
+            size = len(data)
+            got = group.broadcast_bytes(data if me == source else None, source)
+            assert len(got) == size
+            if me == source or size < 2:
+                assert got == data
+            else:
+                assert got == got[:5] * (size // 5)
+    strided = rows_of(me, 6, torch.float32).t()
+    assert same(
+        group.all_reduce(strided), sum_of([rows_of(i, 6, torch.float32).t() for i in range(n)])
+    )
+    assert same(group.all_reduce(torch.tensor(me)), torch.tensor(n * (n - 1) // 2))
+    group.barrier()
+
+
+def check_all_groups(groups: ParallelGroups) -> dict[str, tuple[int, ...]]:
+    named = {name: getattr(groups, name) for name in ("world", "node", "rail", "tp", "leaders")}
+    for group in named.values():
+        if group is not None and group.size <= 4:
+            check_group(group)
+    return {name: group.ranks for name, group in named.items() if group is not None}
+
+
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+@pytest.mark.parametrize(("nodes", "ranks", "tp"), [(1, 4, 2), (2, 2, 1), (1, 1, 1), (3, 1, 1)])
+def test_collectives_equal_plain_torch(rank_pool, backend, nodes, ranks, tp) -> None:
+    topology = Topology(num_nodes=nodes, ranks_per_node=ranks, tensor_parallel_size=tp)
+    for rank, members in enumerate(rank_pool.run(check_all_groups, topology, node_backend=backend)):
+        node, local = divmod(rank, ranks)
+        assert members["world"] == tuple(range(nodes * ranks))
+        assert members["node"] == tuple(range(node * ranks, (node + 1) * ranks))
+        assert members["rail"] == tuple(local + ranks * i for i in range(nodes))
+        assert members["tp"] == tuple(range(rank // tp * tp, (rank // tp + 1) * tp))
+        assert members.get("leaders") == (tuple(range(0, nodes * ranks, tp)) if rank % tp == 0 else None)  # fmt: skip
+
+
+def check_tiny_segments(groups: ParallelGroups, address: str) -> None:
+    group = ShmGroup(
+        name="tiny",
+        ranks=range(groups.topology.world_size),
+        rank=groups.rank,
+        store=connect_store(address),
+        capacity=192,
+    )
+    check_group(group)
+    group.close()
+
+
+def test_data_beyond_the_segments_goes_in_rounds(rank_pool) -> None:
+    store, address = host_store()
+    rank_pool.run(check_tiny_segments, Topology(num_nodes=1, ranks_per_node=3), address)
+    del store
+
+
+def check_large(groups: ParallelGroups) -> None:
+    """Beyond the one-shot size and one segment, and the same bits from both backends."""
+    for numel in (20_001, 900_000):
+        x = rows_of(groups.rank, numel, torch.bfloat16, ())
+        parts = [rows_of(i, numel, torch.bfloat16, ()) for i in range(groups.world.size)]
+        assert same(groups.world.all_reduce(x), sum_of(parts))
+        sizes = even_sizes(numel, groups.world.size)
+        mine = torch.split(sum_of(parts), sizes)[groups.world.idx]
+        assert same(groups.world.reduce_scatter(x, sizes), mine)
+        data = bytes_of(parts[1])
+        got = groups.world.broadcast_bytes(data if groups.rank == 1 else None, 1)
+        assert got == data
+
+
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+def test_large_sums_have_the_same_bits_on_both_backends(rank_pool, backend) -> None:
+    topology = Topology(num_nodes=1, ranks_per_node=3)
+    rank_pool.run(check_large, topology, node_backend=backend)
+
+
+def wrong_sizes(groups: ParallelGroups) -> None:
+    x = torch.zeros(3, 2)
+    bad = [
+        lambda: groups.world.all_gather(x, [3]),
+        lambda: groups.world.all_gather(x, [2, 2]),
+        lambda: groups.world.reduce_scatter(x, [4, -1]),
+        lambda: groups.world.all_to_all(x, [1, 1], [1, 1]),
+    ]
+    for call in bad:
+        with pytest.raises(ValueError, match=r"expected .* got"):
+            call()
+    groups.world.barrier()  # refused before anything was sent: the group still works
+
+
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+def test_impossible_sizes_are_refused_and_harm_nothing(rank_pool, backend) -> None:
+    rank_pool.run(wrong_sizes, Topology(num_nodes=1, ranks_per_node=2), node_backend=backend)
+
+
+def disagree(groups: ParallelGroups) -> None:
+    if groups.rank == 0:
+        groups.world.all_reduce(torch.zeros(4))
+    else:
+        groups.world.all_gather(torch.zeros(4), [4, 4])
+
+
+def test_disagreeing_calls_are_named(rank_pool) -> None:
+    outcomes = rank_pool.outcomes(disagree, Topology(num_nodes=1, ranks_per_node=2))
+    assert all(isinstance(error, CommError) for error in outcomes)
+    text = " ".join(str(error) for error in outcomes)
+    assert "called all_gather while rank 0 called all_reduce" in text or (
+        "called all_reduce while rank 1 called all_gather" in text
+    )
