@@ -1,0 +1,133 @@
+"""Arguments that cannot be, entries that must not count, and the ledger's arithmetic."""
+
+import pytest
+import torch
+
+from comms.dispatcher import DispatchHandle, TrafficLedger
+from comms.groups import ParallelGroups
+from comms.make import DISPATCHERS, make_dispatcher
+from comms.topology import Topology
+from tests.comms.cases import expert, make_inputs
+from tests.comms.thread_world import run_threads
+
+TOPOLOGY = Topology(num_nodes=2, ranks_per_node=2)
+ONE = Topology(num_nodes=1, ranks_per_node=1)
+
+
+def solo(name: str, **options):
+    groups = run_threads(lambda groups, _: groups, ONE, [None])[0]
+    return make_dispatcher(name, groups, **{"slots_per_rank": 4, "hidden": 8, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots_per_rank": 0}, "slots_per_rank, hidden >= 1, got 0, 8"),
+        ({"hidden": 0}, "got 4, 0"),
+        ({"dispatch_dtype": "int4"}, "dispatch_dtype must be bfloat16 or float8, got 'int4'"),
+        ({"combine": "fast"}, "combine must be node or exact, got 'fast'"),
+    ],
+)
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_options_that_do_not_exist(name, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        solo(name, **options)
+
+
+def test_unknown_dispatcher_names_the_known() -> None:
+    with pytest.raises(ValueError, match=r"\['flat', 'hierarchical'\], got 'deepep'"):
+        solo("deepep")
+
+
+GOOD = (torch.zeros(2, 8), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("position", "bad", "message"),
+    [
+        (0, torch.zeros(2, 9), r"x_TH must be floats \[T, 8\], got torch.float32 \[2, 9\]"),
+        (0, torch.zeros(2, 8, dtype=torch.int64), "x_TH must be floats"),
+        (1, torch.zeros(3, 3, dtype=torch.int64), r"slots_TK must be int64 \[2, 3\]"),
+        (1, torch.zeros(2, 3, dtype=torch.int32), "slots_TK must be int64"),
+        (1, torch.full((2, 3), 4), r"slots must be in \[-1, 4\), got 4..4"),
+        (1, torch.full((2, 3), -2), r"slots must be in \[-1, 4\), got -2..-2"),
+        (2, torch.zeros(2, 2), r"weights_TK must be fp32 \[2, 3\]"),
+        (2, torch.zeros(2, 3, dtype=torch.bfloat16), "weights_TK must be fp32"),
+    ],
+)
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_arguments_that_cannot_be(name, position, bad, message) -> None:
+    arguments = [*GOOD]
+    arguments[position] = bad
+    with pytest.raises(ValueError, match=message):
+        solo(name).dispatch(*arguments)
+
+
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_outputs_that_do_not_fit(name) -> None:
+    dispatcher = solo(name)
+    _, handle = dispatcher.dispatch(*GOOD)
+    with pytest.raises(ValueError, match=r"y_PH must be torch.float32 \[6, 8\]"):
+        dispatcher.combine(torch.zeros(5, 8), handle)
+    with pytest.raises(ValueError, match="y_PH must be"):
+        dispatcher.combine(torch.zeros(6, 8, dtype=torch.bfloat16), handle)
+    with pytest.raises(ValueError, match="not a handle of this dispatcher: DispatchHandle"):
+        dispatcher.combine(torch.zeros(6, 8), DispatchHandle(num_pairs=6, weights_TK=GOOD[2]))
+
+
+def alternate(groups: ParallelGroups, task) -> list[torch.Tensor]:
+    """Two inputs in turns on one dispatcher; returns every output."""
+    name, combine, pair = task
+    dispatcher = make_dispatcher(name, groups, slots_per_rank=2, hidden=24, combine=combine)
+    outs = []
+    for inputs in pair * 3:
+        mine = inputs[groups.rank]
+        received, handle = dispatcher.dispatch(mine.x_TH, mine.slots_TK, mine.weights_TK)
+        outs.append(dispatcher.combine(expert(received, groups.rank, 2), handle))
+    return outs
+
+
+@pytest.mark.parametrize("combine", ["node", "exact"])
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_nothing_leaks_from_one_exchange_into_the_next(rank_pool, name, combine) -> None:
+    """The second input is NaN in every token, weight and place that must not count."""
+    clean = make_inputs(TOPOLOGY, tokens=[3, 0, 5, 2], slots_per_rank=2)
+    dirty = make_inputs(TOPOLOGY, tokens=[6, 4, 0, 1], slots_per_rank=2, seed=1)
+    for mine in dirty:
+        mine.x_TH.fill_(float("nan"))
+    for mine in clean:
+        mine.weights_TK[mine.slots_TK < 0] = float("nan")
+    for outs in rank_pool.run(alternate, TOPOLOGY, (name, combine, [clean, dirty])):
+        assert all(torch.isfinite(out).all() for out in outs[0::2])
+        assert all(torch.equal(out, outs[0]) for out in outs[2::2])
+
+
+@pytest.mark.parametrize("name", DISPATCHERS)
+def test_a_nan_token_harms_no_other(name) -> None:
+    inputs = make_inputs(TOPOLOGY, tokens=[3, 1, 5, 2], slots_per_rank=2)
+    before = run_threads(alternate, TOPOLOGY, [(name, "node", [inputs])] * 4)
+    inputs[2].x_TH[1] = float("nan")
+    after = run_threads(alternate, TOPOLOGY, [(name, "node", [inputs])] * 4)
+    for rank in range(4):
+        keep = torch.ones(len(inputs[rank].x_TH), dtype=torch.bool)
+        if rank == 2:
+            keep[1] = False
+        assert torch.equal(before[rank][0][keep], after[rank][0][keep])
+
+
+def test_ledger_sums_by_stage_and_by_tier() -> None:
+    ledger, other = TrafficLedger(topology=TOPOLOGY), TrafficLedger(topology=TOPOLOGY)
+    ledger.record("a", 0, 1, 10)
+    ledger.record("a", 0, 1, 5)
+    ledger.record("a", 0, 2, 100)
+    ledger.record("b", 3, 0, 1000)
+    ledger.record("b", 3, 3, 7)  # stays: not sent
+    ledger.record("b", 3, 2, 0)
+    other.record("b", 3, 0, 1)
+    ledger.merge(other)
+    assert ledger.num_bytes == {("a", 0, 1): 15, ("a", 0, 2): 100, ("b", 3, 0): 1001}
+    assert ledger.num_messages == {("a", 0, 1): 2, ("a", 0, 2): 1, ("b", 3, 0): 2}
+    assert (ledger.intra_node_bytes(), ledger.inter_node_bytes()) == (15, 1101)
+    assert (ledger.intra_node_bytes("b"), ledger.inter_node_bytes("b")) == (0, 1001)
+    ledger.clear()
+    assert ledger.inter_node_bytes() == 0
