@@ -52,7 +52,7 @@ def sample(
         elif not row_params.is_greedy:
             logits_V = logits_NV[row].float().cpu().numpy()
             weights_V = filtered_weights(logits_V, highest[row], row_params)
-            tokens[row] = _pick(weights_V, float(numbers[row]))
+            tokens[row] = pick(weights_V, float(numbers[row]))
     return tokens
 
 
@@ -69,7 +69,8 @@ def filtered_weights(logits_V: Weights, highest: float, params: SamplingParams) 
     vocab_size = len(weights_V)
     if 0 < params.top_k < vocab_size:
         kth = vocab_size - params.top_k
-        weights_V *= weights_V >= np.partition(weights_V, kth)[kth]
+        # By logits: unequal ones may have equal weights, far below the highest.
+        weights_V *= logits_V >= np.partition(logits_V, kth)[kth]
     if params.top_p < 1:
         weights_V *= _nucleus(weights_V, params.top_p)
     if params.min_p > 0:
@@ -95,7 +96,7 @@ def _nucleus(weights_V: Weights, top_p: float) -> NDArray[np.bool_]:
     return keep_V
 
 
-def _pick(weights_V: Weights, number: float) -> int:
+def pick(weights_V: Weights, number: float) -> int:
     """The first id whose cumulative weight exceeds `number` of the total: chunk first, then id."""
     sums_C = np.add.reduceat(weights_V, np.arange(0, len(weights_V), _CHUNK), dtype=np.float64)
     ends_C = np.cumsum(sums_C)

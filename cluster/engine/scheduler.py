@@ -61,7 +61,6 @@ class Scheduler:
         self.running: OrderedDict[int, Sequence] = OrderedDict()
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()
         self.num_preemptions = 0
-        self._eos_token_ids = frozenset(config.eos_token_ids)
         self._by_request: dict[str, Sequence] = {}
         self._num_added = 0
 
@@ -87,6 +86,13 @@ class Scheduler:
         self._check(sequence)
         sequence.seq_id = self._num_added
         self._num_added += 1
+        if not sequence.params.ignore_eos:
+            sequence.stop_token_ids |= frozenset(self.config.eos_token_ids)
+        sequence.max_num_tokens = min(
+            sequence.num_tokens + sequence.params.max_tokens,
+            self.config.max_model_len,
+            self.blocks.capacity + 1,  # the last token's keys and values are never needed
+        )
         self.waiting[sequence.seq_id] = sequence
         self._by_request[sequence.request_id] = sequence
 
@@ -211,26 +217,27 @@ class Scheduler:
             error = "the model gave no finite logits for this request: its next token is undefined"
             return TokenEvent(sequence.request_id, finish_reason="error", error=error)
         sequence.token_ids.append(token_id)
-        reason, why = self._ending(sequence, token_id)
-        if reason is not None:
-            self._finish(sequence, reason)
-        stop_token_id = token_id if reason == "stop" else None
-        return TokenEvent(sequence.request_id, token_id, reason, stop_token_id, why)
+        if token_id in sequence.stop_token_ids:
+            self._finish(sequence, "stop")
+            return TokenEvent(sequence.request_id, token_id, "stop", stop_token_id=token_id)
+        if sequence.num_tokens < sequence.max_num_tokens:
+            return TokenEvent(sequence.request_id, token_id)
+        if sequence.num_tokens <= self.blocks.capacity or self._is_at_its_length(sequence):
+            self._finish(sequence, "length")
+            return TokenEvent(sequence.request_id, token_id, "length")
+        self._finish(sequence, "error")
+        error = (
+            f"prompt and completion have {sequence.num_tokens} tokens; one more exceeds "
+            f"{self._describe_cache()}"
+        )
+        return TokenEvent(sequence.request_id, token_id, "error", error=error)
 
-    def _ending(self, sequence: Sequence, token_id: int) -> tuple[FinishReason | None, str | None]:
-        """Whether the token just appended is the last one, and why."""
-        params, config = sequence.params, self.config
-        is_eos = token_id in self._eos_token_ids and not params.ignore_eos
-        if is_eos or token_id in sequence.stop_token_ids:
-            return "stop", None
-        if sequence.num_emitted >= params.max_tokens or sequence.num_tokens >= config.max_model_len:
-            return "length", None
-        if sequence.num_tokens > self.blocks.capacity:
-            return "error", (
-                f"prompt and completion have {sequence.num_tokens} tokens; one more exceeds "
-                f"{self._describe_cache()}"
-            )
-        return None, None
+    def _is_at_its_length(self, sequence: Sequence) -> bool:
+        """Whether the request or the model asks for no more, rather than the cache."""
+        return (
+            sequence.num_emitted >= sequence.params.max_tokens
+            or sequence.num_tokens >= self.config.max_model_len
+        )
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason

@@ -36,6 +36,7 @@ class Sequence:
     __slots__ = (
         "block_table",
         "finish_reason",
+        "max_num_tokens",
         "num_computed",
         "num_prompt_tokens",
         "params",
@@ -52,6 +53,9 @@ class Sequence:
         self.request_id = request_id
         self.params = params
         self.stop_token_ids = frozenset(params.stop_token_ids)
+        """Tokens that end the request; the scheduler adds the model's end-of-sequence tokens."""
+        self.max_num_tokens = 0
+        """Prompt and emitted tokens at which the request ends in any case; set on arrival."""
         self.token_ids: list[int] = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed = 0
