@@ -6,10 +6,12 @@
 The experts join all replicas, so every replica takes part in every step: leaders first agree, in
 one small all-gather, on whether there is work (an idle replica runs with zero tokens), on the
 placement epoch, and on stopping. When nobody has work everybody sleeps until a mailbox wakes or a
-heartbeat is due, and the heartbeat tells the others that we are alive.
+heartbeat is due. A frame goes to the gateway at least once per heartbeat, events or not: it judges
+a replica's health by its silence.
 """
 
 from dataclasses import dataclass
+from time import monotonic
 
 import msgpack
 import torch
@@ -52,6 +54,7 @@ class Leader:
         self._idle = False
         self._stop_requested = False
         self._num_steps = 0
+        self._last_sent = 0.0
 
     def step(self) -> bool:
         """One step of all replicas together; False once all were told to stop."""
@@ -68,8 +71,9 @@ class Leader:
             with timer.phase("sample"):
                 events += self._sample(plan, logits)
             self._num_steps += 1
-        if events or not verdict.run:
+        if events or monotonic() - self._last_sent >= HEARTBEAT_S:
             self._mailbox.send(self._frame(events))
+            self._last_sent = monotonic()
         self._idle = not verdict.run
         return not verdict.stop
 

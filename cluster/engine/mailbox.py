@@ -13,7 +13,6 @@ import zmq
 
 Frame = dict[str, Any]
 MAX_FRAME_BYTES = 64 << 20
-# A gateway that reads nothing for this many steps is gone; sending more would only grow memory.
 MAX_QUEUED_FRAMES = 10_000
 
 logger = logging.getLogger(__name__)
@@ -24,7 +23,11 @@ class Mailbox(Protocol):
         """All frames that are there, waiting up to `timeout_s` seconds for the first."""
 
     def send(self, frame: Frame) -> None:
-        """Leave one frame; never blocks."""
+        """Leave one frame; never blocks. Raises GatewayLostError when nobody takes frames out."""
+
+
+class GatewayLostError(RuntimeError):
+    """The gateway has read nothing for thousands of steps. Dropping frames would lose tokens."""
 
 
 class ZmqMailbox:
@@ -58,7 +61,9 @@ class ZmqMailbox:
         try:
             self._outbox.send(msgpack.packb(frame), zmq.NOBLOCK)
         except zmq.Again:
-            logger.warning("the gateway reads nothing: dropped a %s frame", frame.get("type"))
+            raise GatewayLostError(
+                f"the gateway has left {MAX_QUEUED_FRAMES} step frames unread"
+            ) from None
 
     def close(self) -> None:
         """Deliver what was sent, for at most a second, and free the sockets."""

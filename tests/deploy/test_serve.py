@@ -68,7 +68,7 @@ def test_stop_string_ends_the_text_before_it(client: Client) -> None:
 @pytest.mark.parametrize(
     ("prompt", "options", "code", "names"),
     [
-        ("", {}, Code.INVALID_ARGUMENT, "prompt"),
+        ("", {}, Code.INVALID_ARGUMENT, "text"),
         ([], {}, Code.INVALID_ARGUMENT, "token_ids"),
         ([10**6], {}, Code.INVALID_ARGUMENT, "token_ids"),
         ([1] * 100_000, {}, Code.INVALID_ARGUMENT, "max_model_len"),
