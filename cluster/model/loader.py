@@ -200,7 +200,11 @@ class Loader:
             [config.qk_nope_head_dim, config.v_head_dim],
             dim=1,
         )
-        return w_uk_NMC.transpose(1, 2).contiguous(), w_uv_NVC.contiguous()
+        # A clone even where the view is contiguous (one head): it must not keep the rest alive.
+        keep = torch.contiguous_format
+        return w_uk_NMC.transpose(1, 2).clone(memory_format=keep), w_uv_NVC.clone(
+            memory_format=keep
+        )
 
     def _heads(self, size: int) -> slice:
         """Our part of a dimension that all heads share equally."""
