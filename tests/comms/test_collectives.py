@@ -1,6 +1,8 @@
 """Collectives of both backends against torch sums and concatenations of plain tensors."""
 
 import os
+import random
+import time
 
 import pytest
 import torch
@@ -182,3 +184,50 @@ def test_disagreeing_calls_are_named(rank_pool) -> None:
     assert "called all_gather while rank 0 called all_reduce" in text or (
         "called all_reduce while rank 1 called all_gather" in text
     )
+
+
+def stress(groups: ParallelGroups, address: str, seed: int) -> None:
+    """A long random run of mixed collectives over tiny segments, every rank late at random.
+
+    A source runs ahead of slow receivers here: a half overwritten too early shows as wrong data.
+    """
+    world = groups.world.size
+    group = ShmGroup(
+        name=f"stress{seed}",
+        ranks=range(world),
+        rank=groups.rank,
+        store=connect_store(address),
+        capacity=128,
+    )
+    plan, naps = random.Random(seed), random.Random(1000 * seed + groups.rank)
+    for step in range(300):
+        operation, source = plan.randrange(5), plan.randrange(world)
+        numel = plan.choice([1, 8, 30, 200])
+        if naps.random() < 0.1:
+            time.sleep(naps.random() * 3e-3)
+        bring = [torch.arange(numel, dtype=torch.int64) * (i + 1) + step for i in range(world)]
+        mine = bring[groups.rank]
+        if operation == 0:
+            assert torch.equal(group.all_reduce(mine), sum(bring))
+        elif operation == 1:
+            assert torch.equal(group.all_gather(mine, [numel] * world), torch.cat(bring))
+        elif operation == 2:
+            sizes = even_sizes(numel, world)
+            got = group.all_to_all(mine, sizes, [sizes[groups.rank]] * world)
+            parts = [torch.split(x, sizes)[groups.rank] for x in bring]
+            assert torch.equal(got, torch.cat(parts))
+        elif operation == 3:
+            got = group.broadcast(mine if groups.rank == source else torch.zeros_like(mine), source)
+            assert torch.equal(got, bring[source])
+        else:
+            data = bytes_of(bring[source])
+            got = group.broadcast_bytes(data if groups.rank == source else None, source)
+            assert got == data
+    group.close()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_late_ranks_never_see_overwritten_data(rank_pool, seed: int) -> None:
+    store, address = host_store()
+    rank_pool.run(stress, Topology(num_nodes=1, ranks_per_node=4), address, seed)
+    del store
