@@ -1,0 +1,112 @@
+"""Meeting through the store: who did not come is named, and nobody outlives the pool's owner."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from comms.groups import CommError, CommTimeout, ParallelGroups
+from comms.shm import ShmGroup
+from comms.store import connect_store, host_store
+from comms.topology import Topology
+
+TWO = Topology(num_nodes=1, ranks_per_node=2)
+
+
+def expect_a_third(groups: ParallelGroups, address: str, backend: str):
+    """Ranks 0 and 1 connect a topology whose rank 2 never comes."""
+    start = time.monotonic()
+    try:
+        ParallelGroups.connect(
+            Topology(num_nodes=1, ranks_per_node=3),
+            groups.rank,
+            connect_store(address),
+            epoch=7,
+            node_backend=backend,
+            timeout_s=1.0,
+        )
+    except CommTimeout as error:
+        return error, time.monotonic() - start
+    raise AssertionError("connected without rank 2")
+
+
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+def test_who_does_not_connect_is_named(rank_pool, backend) -> None:
+    store, address = host_store()
+    for error, seconds in rank_pool.run(expect_a_third, TWO, address, backend):
+        assert error.silent == (2,)
+        assert "connect" in str(error)
+        assert 1.0 <= seconds < 2.5
+    del store
+
+
+def two_epochs(groups: ParallelGroups, address: str, backend: str) -> list[float]:
+    """The next epoch connects over the same store after the last one was aborted."""
+    store = connect_store(address)
+    sums = []
+    for epoch in (1, 2, 3):
+        mine = ParallelGroups.connect(
+            groups.topology, groups.rank, store, epoch=epoch, node_backend=backend
+        )
+        sums.append(float(mine.world.all_reduce(torch.tensor([float(epoch)]))))
+        groups.world.barrier()
+        mine.abort()
+        with pytest.raises(CommError, match="aborted by rank"):
+            mine.world.barrier()
+        mine.close()
+    return sums
+
+
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+def test_epochs_follow_each_other_on_one_store(rank_pool, backend) -> None:
+    store, address = host_store()
+    assert rank_pool.run(two_epochs, TWO, address, backend) == [[2.0, 4.0, 6.0]] * 2
+    del store
+
+
+def test_unknown_backend_is_refused() -> None:
+    store, _ = host_store()
+    with pytest.raises(ValueError, match="node_backend must be 'shm' or 'gloo', got 'rdma'"):
+        ParallelGroups.connect(TWO, 0, store, node_backend="rdma")
+
+
+def test_memory_that_cannot_be_mapped_names_the_rank_and_the_way_out() -> None:
+    store, _ = host_store()
+    store.set("far/1", f"{2**22 + 1} 5 99")  # no such process here
+    with pytest.raises(CommError, match=r"memory of rank 9 \(pid \d+\).*node_backend: gloo"):
+        ShmGroup(name="far", ranks=(4, 9), rank=4, store=store, timeout_s=1.0)
+    with pytest.raises(ValueError, match="multiple of 64 bytes, got 100"):
+        ShmGroup(name="odd", ranks=(4, 9), rank=4, store=store, capacity=100)
+
+
+def test_store_addresses() -> None:
+    with pytest.raises(ValueError, match="\"host:port\", got 'nowhere'"):
+        connect_store("nowhere")
+
+
+OWNER = """
+import time
+from comms.launch import RankPool
+if __name__ == "__main__":
+    pool = RankPool(2)
+    print(*pool.pids, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_ranks_end_with_their_owner(tmp_path: Path) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER)
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True
+    ) as owner:
+        pids = owner.stdout.readline().split()
+        assert len(pids) == 2
+        owner.kill()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
