@@ -32,7 +32,14 @@ def new_cache(model: Transformer, num_blocks: int, block_size: int, dtype=torch.
 
 
 def make_batch(parts, block_size: int) -> ForwardBatch:
-    """`parts`: (token_ids, first position, block table, positions in token_ids wanting logits)."""
+    """`parts`: (token_ids, first position, block table, positions in token_ids wanting logits).
+
+    Tables are cut to the blocks in use, so their width differs from step to step as in the engine.
+    """
+    parts = [
+        (ids, start, table[: -(-(start + len(ids)) // block_size)], wanted)
+        for ids, start, table, wanted in parts
+    ]
     ids, positions, slots, sequence, rows = [], [], [], [], []
     for idx, (token_ids, start, table, wanted) in enumerate(parts):
         rows += [len(ids) + w for w in wanted]

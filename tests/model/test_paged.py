@@ -99,6 +99,7 @@ def test_a_token_keeps_its_bits(heads, dtype, block_size, latent, length, data):
         tables[0, : len(used)], tables[1, : len(free)] = used, free
         positions = torch.cat([rows, others])
         sequences = torch.cat([torch.zeros_like(rows), torch.ones_like(others)])
+        tables = tables[:, : int(positions.max()) // block_size + 1]  # as wide as this batch needs
         order = torch.randperm(len(positions), generator=seed)
         q = torch.cat([q_all[rows], q_all[others]])
         plan = plan_for(positions[order], tables, sequences[order], block_size)
