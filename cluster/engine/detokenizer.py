@@ -81,7 +81,8 @@ class Detokenizer:
 
     def _shorten_window(self, text: str) -> str:
         """Show what no further token can change when bytes that are no text go on and on."""
-        for start in range(len(self._window) - _LONGEST_CHARACTER, self._num_context, -1):
+        latest = len(self._window) - _LONGEST_CHARACTER
+        for start in range(latest, max(self._num_context, latest - _LONGEST_CHARACTER), -1):
             before, after = self._window[:start], self._window[start:]
             settled = self._decode(before)
             if settled + self._decode(after) == text:

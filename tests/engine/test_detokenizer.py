@@ -6,7 +6,7 @@ The oracle is `tokenizers`: decode of the complete list of tokens.
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -49,6 +49,16 @@ def metaspace() -> Tokenizer:
             decoders.Strip(" ", 1, 0),
         ]
     )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def mixed_bytes() -> Tokenizer:
+    """Byte-level tokens, two of which begin another character: `x` E2, and AC E2."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: idx for idx, token in enumerate([*alphabet, "xâ", "¬â"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("x", "â"), ("¬", "â")]))
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
@@ -101,6 +111,19 @@ def test_any_tokens_give_what_decoding_them_together_gives(bpe, data):
     some = st.integers(0, bpe.get_vocab_size() + 3) | st.sampled_from(invalid)
     token_ids = data.draw(st.lists(some, max_size=60))
     assert "".join(stream(bpe, token_ids)) == bpe.decode(token_ids)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    start=st.lists(st.sampled_from(["x", "Â", "â", "xâ"]), max_size=20),
+    rest=st.lists(st.sampled_from(["Ĥ", "¬", "â", "¬â", "xâ", "ð", "Ł", "Ģ"]), max_size=40),
+)
+@example(start=[], rest=["â", *["Ĥ", "¬â"] * 30, "Ĥ", "¬"])  # thirty euros, none alone
+def test_long_runs_that_end_inside_a_character(mixed_bytes, start, rest):
+    """Runs so long that they are shown before they end, wherever characters begin and end."""
+    known = mixed_bytes.get_vocab()
+    token_ids = [known[token] for token in [*start, *rest] if token in known]
+    assert "".join(stream(mixed_bytes, token_ids)) == mixed_bytes.decode(token_ids)
 
 
 def test_endless_bytes_that_are_no_text_are_shown_and_cost_no_more_and_more(bpe):

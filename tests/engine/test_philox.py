@@ -33,6 +33,12 @@ def test_known_answers():
     np.testing.assert_array_equal(philox4x32(counters, keys), answers)
 
 
+def test_uniform_is_the_first_53_bits():
+    words = [int(word, 16) for word in KNOWN_ANSWERS[0][2].split()]
+    zero = np.zeros(1, np.uint64)
+    assert uniform(zero, zero)[0] == ((words[0] << 32 | words[1]) >> 11) / 2**53
+
+
 def test_uniform_uses_all_64_bits_of_seed_and_position():
     seeds = np.array([0, 1, 1 << 32, 1 << 63, 0, 0, 0], np.uint64)
     positions = np.array([0, 0, 0, 0, 1, 1 << 32, 1 << 63], np.uint64)
