@@ -36,10 +36,20 @@ class LayerCache:
     values: Tensor
 
     def write(self, kv_slots_T: Tensor, k_TGD: Tensor, v_TGD: Tensor | None = None) -> None:
-        """Store each token's key and value at its slot (block * block_size + offset)."""
-        self.keys.flatten(1, 2).index_copy_(1, kv_slots_T, k_TGD.transpose(0, 1))
+        """Store each token's key and value at its slot (block * block_size + offset).
+
+        NaN and infinity are stored as finite numbers: attention multiplies hidden keys' values by
+        0, and a broken sequence must not reach the next owner of its blocks. Its own logits stay
+        NaN through its residual stream.
+        """
+        _store(self.keys, kv_slots_T, k_TGD)
         if v_TGD is not None:
-            self.values.flatten(1, 2).index_copy_(1, kv_slots_T, v_TGD.transpose(0, 1))
+            _store(self.values, kv_slots_T, v_TGD)
+
+
+def _store(cache: Tensor, kv_slots_T: Tensor, rows_TGD: Tensor) -> None:
+    finite_GTD = torch.nan_to_num(rows_TGD).transpose(0, 1)
+    cache.flatten(1, 2).index_copy_(1, kv_slots_T, finite_GTD)
 
 
 class KVCache:

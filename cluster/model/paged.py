@@ -1,16 +1,21 @@
-"""Attention over the paged KV cache, one query token at a time in one batched product.
+"""Attention over the paged KV cache, one query token at a time in batched products.
 
 Every query token is its own batch entry and walks over its keys in *tiles* of fixed size at
 absolute positions, with the online softmax in fp32 (Milakov & Gimelshein 2018). Which other tokens
 are in the step, how a prompt was cut into chunks and where its blocks lie change nothing in a
 token's arithmetic, so they cannot change a bit of its result. Prefill and decode run the same code.
 
-Legend: T query tokens, A those still active in a tile, G KV heads here, Q query heads per KV head,
-D channels of a key, S keys of a tile, P blocks of a tile, N sequences, B blocks of a table.
+Tokens of one sequence that follow each other (a chunk of a prompt) form a *span* and read each tile
+once for all of them; single tokens (decode) gather their own tiles and go together.
+
+Legend: T query tokens, A those of a part still active in a tile, G KV heads here, Q query heads per
+KV head, D channels of a key, V of a value, S keys of a tile, P blocks of a tile, N sequences,
+B blocks of a table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +24,15 @@ from torch.nn import functional as F
 
 from cluster.model.batch import ForwardBatch
 from experts.linear import stable_bmm
+from experts.stability import bmm_is_stable
 
 KEY_TILE = 64
 """Keys of a tile, if whole blocks fit: the result does not depend on a block size that divides it."""
+
+MIN_SPAN = 4
+"""Fewer tokens of one sequence than this are gathered like single ones."""
+
+_FEATURE_MULTIPLE = 16  # fp32 elements of 64 bytes: what products need to run without copies
 
 
 def blocks_per_tile(block_size: int) -> int:
@@ -30,10 +41,10 @@ def blocks_per_tile(block_size: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyTile:
-    """One tile of positions, for the tokens whose history reaches it.
+    """One tile of positions, for the tokens of a part whose history reaches it.
 
-    `tokens_A` is None when that is every token. `hidden_AS` marks keys after the query's own
-    position, and is None when no token has any.
+    `tokens_A` indexes the part; None is everyone. `blocks_AP` has one row if the part is a span.
+    `hidden_AS` marks keys after the query's own position; None if no token has any.
     """
 
     tokens_A: Tensor | None
@@ -42,36 +53,61 @@ class KeyTile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """Tokens that walk over their tiles together."""
+
+    tokens_T: Tensor
+    tiles: tuple[KeyTile, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
-    """The tiles of one step in position order; made once, used by every layer."""
+    """The parts of one step; made once, used by every layer."""
 
     kv_slots_T: Tensor
-    tiles: tuple[KeyTile, ...]
+    parts: tuple[Part, ...]
 
     @staticmethod
     def build(batch: ForwardBatch, block_size: int) -> AttentionPlan:
-        if batch.num_tokens == 0:
-            return AttentionPlan(kv_slots_T=batch.kv_slots_T, tiles=())
-        num_blocks = blocks_per_tile(block_size)
-        num_keys = num_blocks * block_size
-        num_tiles = int(batch.positions_T.max()) // num_keys + 1
-        spare = max(0, num_tiles * num_blocks - batch.block_tables_NB.shape[1])
-        tables_NB = F.pad(batch.block_tables_NB, (0, spare))
-        tiles = []
-        for tile_idx in range(num_tiles):
-            first = tile_idx * num_keys
-            tokens_A = (batch.positions_T >= first).nonzero().squeeze(1)
-            everyone = len(tokens_A) == batch.num_tokens
-            columns = slice(tile_idx * num_blocks, (tile_idx + 1) * num_blocks)
-            key_positions_S = torch.arange(first, first + num_keys)
-            hidden_AS = key_positions_S > batch.positions_T[tokens_A].unsqueeze(1)
-            tile = KeyTile(
-                tokens_A=None if everyone else tokens_A,
-                blocks_AP=tables_NB[batch.sequence_T[tokens_A], columns],
-                hidden_AS=hidden_AS if bool(hidden_AS.any()) else None,
-            )
-            tiles.append(tile)
-        return AttentionPlan(kv_slots_T=batch.kv_slots_T, tiles=tuple(tiles))
+        parts = tuple(
+            _part(batch, tokens_T, is_span, block_size) for tokens_T, is_span in _spans(batch)
+        )
+        return AttentionPlan(kv_slots_T=batch.kv_slots_T, parts=parts)
+
+
+def _spans(batch: ForwardBatch) -> Iterator[tuple[Tensor, bool]]:
+    """Token indices of each span, then of all other tokens together."""
+    if batch.num_tokens == 0:
+        return
+    _, lengths = torch.unique_consecutive(batch.sequence_T, return_counts=True)
+    runs = torch.arange(batch.num_tokens).split(lengths.tolist())
+    yield from ((run, True) for run in runs if len(run) >= MIN_SPAN)
+    singles = [run for run in runs if len(run) < MIN_SPAN]
+    if singles:
+        yield torch.cat(singles), False
+
+
+def _part(batch: ForwardBatch, tokens_T: Tensor, is_span: bool, block_size: int) -> Part:
+    num_blocks = blocks_per_tile(block_size)
+    num_keys = num_blocks * block_size
+    positions_T = batch.positions_T[tokens_T]
+    num_tiles = int(positions_T.max()) // num_keys + 1
+    rows = batch.sequence_T[tokens_T[:1] if is_span else tokens_T]
+    tables_TB = batch.block_tables_NB[rows]
+    tables_TB = F.pad(tables_TB, (0, max(0, num_tiles * num_blocks - tables_TB.shape[1])))
+    tiles = []
+    for tile_idx in range(num_tiles):
+        first = tile_idx * num_keys
+        tokens_A = (positions_T >= first).nonzero().squeeze(1)
+        blocks_TP = tables_TB[:, tile_idx * num_blocks : (tile_idx + 1) * num_blocks]
+        hidden_AS = torch.arange(first, first + num_keys) > positions_T[tokens_A].unsqueeze(1)
+        tile = KeyTile(
+            tokens_A=None if len(tokens_A) == len(tokens_T) else tokens_A,
+            blocks_AP=blocks_TP if is_span else blocks_TP[tokens_A],
+            hidden_AS=hidden_AS if bool(hidden_AS.any()) else None,
+        )
+        tiles.append(tile)
+    return Part(tokens_T=tokens_T, tiles=tuple(tiles))
 
 
 def paged_attention(
@@ -79,36 +115,78 @@ def paged_attention(
 ) -> Tensor:
     """softmax(scale * q k^T) v over each token's own and earlier keys: fp32 [T, G, Q, V].
 
-    The caches are [G, num_blocks, block_size, D or V]; passing one tensor as both reads it once.
-    Products are in fp32 whatever the cache's dtype (a product of two bf16 numbers is exact in it).
-    A hidden key weighs exactly 0, and its value is replaced by 0, so that whatever an earlier owner
-    left in the block, NaN included, cannot reach another sequence.
+    The caches are [G, num_blocks, block_size, D or V] and hold finite numbers only; passing one
+    tensor as both reads it once. Products are in fp32 whatever the cache's dtype (a product of two
+    bf16 numbers is exact in it). A hidden key weighs exactly 0.
     """
-    q_GTQD = (q_TGQD.float() * scale).transpose(0, 1).contiguous()
+    spare = -q_TGQD.shape[-1] % _FEATURE_MULTIPLE
+    q_GTQD = F.pad(q_TGQD.float() * scale, (0, spare)).transpose(0, 1)
     heads, num_tokens, group, _ = q_GTQD.shape
-    state = _Softmax.empty(heads, num_tokens, group, v_cache.shape[-1])
-    for tile in plan.tiles:
+    out_GTQV = torch.empty(heads, num_tokens, group, v_cache.shape[-1])
+    for part in plan.parts:
+        part_GTQD = q_GTQD[:, part.tokens_T].contiguous()
+        out_GTQV[:, part.tokens_T] = _attend(part_GTQD, k_cache, v_cache, part.tiles)
+    return out_GTQV.transpose(0, 1)
+
+
+def _attend(q_GTQD: Tensor, k_cache: Tensor, v_cache: Tensor, tiles: tuple[KeyTile, ...]) -> Tensor:
+    """The outputs of one part, [G, T, Q, V]."""
+    state = _Softmax.empty(*q_GTQD.shape[:3], channels=v_cache.shape[-1])
+    for tile in tiles:
         entering = q_GTQD if tile.tokens_A is None else q_GTQD[:, tile.tokens_A]
-        k_ESD = _read_tile(k_cache, tile.blocks_AP)
-        v_ESV = k_ESD if v_cache is k_cache else _read_tile(v_cache, tile.blocks_AP)
-        scores_EQS = stable_bmm(entering.flatten(0, 1), k_ESD.transpose(1, 2))
+        k_GASD = _read_tile(k_cache, tile.blocks_AP, entering.shape[1])
+        v_GASV = (
+            k_GASD if v_cache is k_cache else _read_tile(v_cache, tile.blocks_AP, entering.shape[1])
+        )
+        scores_GAQS = _product(entering, k_GASD.transpose(2, 3))
         if tile.hidden_AS is not None:
-            hidden_E1S = tile.hidden_AS.repeat(heads, 1).unsqueeze(1)
-            scores_EQS = scores_EQS.masked_fill(hidden_E1S, -torch.inf)
-            v_ESV = v_ESV.masked_fill(hidden_E1S.transpose(1, 2), 0.0)
+            scores_GAQS = scores_GAQS.masked_fill(tile.hidden_AS.unsqueeze(1), -torch.inf)
         if tile.tokens_A is None:
-            state = state.extended(scores_EQS, v_ESV)
+            state = state.extended(scores_GAQS, v_GASV)
         else:
-            state.put(tile.tokens_A, state.take(tile.tokens_A).extended(scores_EQS, v_ESV))
-    return (state.acc_GTQV / state.total_GTQ1).transpose(0, 1)
+            state.put(tile.tokens_A, state.take(tile.tokens_A).extended(scores_GAQS, v_GASV))
+    return state.acc_GTQV / state.total_GTQ1
 
 
-def _read_tile(cache: Tensor, blocks_AP: Tensor) -> Tensor:
-    """The keys or values of each token's blocks, fp32 [E, S, D] with E = G * A head-major."""
+def _read_tile(cache: Tensor, blocks_AP: Tensor, num_tokens: int) -> Tensor:
+    """The keys or values of each token, fp32 [G, A, S, D], D rounded up to a multiple of 16.
+
+    A single row of blocks serves all tokens: A is then expanded, not copied.
+    """
     heads, _, block_size, channels = cache.shape
-    num_tokens, num_blocks = blocks_AP.shape
-    rows = cache.index_select(1, blocks_AP.flatten())
-    return rows.view(heads * num_tokens, num_blocks * block_size, channels).float()
+    num_rows, num_blocks = blocks_AP.shape
+    rows = cache.index_select(1, blocks_AP.flatten()).float()
+    rows = F.pad(rows, (0, -channels % _FEATURE_MULTIPLE))
+    rows = rows.view(heads, num_rows, num_blocks * block_size, -1)
+    return rows.expand(-1, num_tokens, -1, -1)
+
+
+def _product(a_GAMD: Tensor, b_GADN: Tensor) -> Tensor:
+    """Each entry's matrix product, [G, A, M, N], with bits that depend on that entry alone.
+
+    For a span, b is one matrix per head seen by all tokens; multiplying it in place runs the same
+    kernel on the same numbers as copies of it would, `stable_bmm`'s conditions provided.
+    """
+    heads, num_tokens, rows, features = a_GAMD.shape
+    columns, transposed = b_GADN.shape[3], b_GADN.stride(2) == 1
+    is_shared = num_tokens > 1 and b_GADN.stride(1) == 0
+    if (
+        not is_shared
+        or features % _FEATURE_MULTIPLE
+        or not bmm_is_stable(
+            a_GAMD.dtype,
+            a_GAMD.device,
+            rows,
+            features,
+            columns,
+            transposed,
+            torch.get_num_threads(),
+        )
+    ):
+        flat = stable_bmm(a_GAMD.flatten(0, 1), b_GADN.flatten(0, 1))
+        return flat.view(heads, num_tokens, rows, columns)
+    products = [torch.bmm(a_GAMD[head], b_GADN[head]) for head in range(heads)]
+    return products[0].unsqueeze(0) if heads == 1 else torch.stack(products)
 
 
 @dataclass(kw_only=True)
@@ -120,7 +198,7 @@ class _Softmax:
     acc_GTQV: Tensor
 
     @staticmethod
-    def empty(heads: int, num_tokens: int, group: int, channels: int) -> _Softmax:
+    def empty(heads: int, num_tokens: int, group: int, *, channels: int) -> _Softmax:
         shape = (heads, num_tokens, group)
         return _Softmax(
             peak_GTQ1=torch.full((*shape, 1), -torch.inf),
@@ -128,14 +206,12 @@ class _Softmax:
             acc_GTQV=torch.zeros(*shape, channels),
         )
 
-    def extended(self, scores_EQS: Tensor, v_ESV: Tensor) -> _Softmax:
+    def extended(self, scores_GTQS: Tensor, v_GTSV: Tensor) -> _Softmax:
         """With one more tile. A tile always has a visible key, so the new peak is finite."""
-        shape = self.peak_GTQ1.shape[:3]
-        scores_GTQS = scores_EQS.view(*shape, -1)
         peak = torch.maximum(self.peak_GTQ1, scores_GTQS.amax(-1, keepdim=True))
         shrink = torch.exp(self.peak_GTQ1 - peak)
         weights = torch.exp(scores_GTQS - peak)
-        values = stable_bmm(weights.flatten(0, 1), v_ESV).view(*shape, -1)
+        values = _product(weights, v_GTSV)[..., : self.acc_GTQV.shape[-1]]
         return _Softmax(
             peak_GTQ1=peak,
             total_GTQ1=self.total_GTQ1 * shrink + weights.sum(-1, keepdim=True),
