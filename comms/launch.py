@@ -144,7 +144,7 @@ class RankPool:
             stacks, their_stacks = self._context.Pipe(duplex=False)
             process = self._context.Process(
                 target=serve_rank,
-                args=(their_tasks, their_stacks, self._address),
+                args=(their_tasks, their_stacks, self._address, os.getpid()),
                 name=f"expertmesh-rank-{len(self._ranks)}",
                 daemon=True,
             )

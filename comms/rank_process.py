@@ -6,7 +6,9 @@ Tasks and answers are pickled by value and only ever pass between a pool and its
 import faulthandler
 import os
 import pickle
+import select
 import signal
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,8 +45,9 @@ class Failure:
     text: str
 
 
-def serve_rank(tasks: Connection, stacks: Connection, store_address: str) -> None:
-    """Main function of a rank process: ends when the pool closes its end of the pipe."""
+def serve_rank(tasks: Connection, stacks: Connection, store_address: str, owner_pid: int) -> None:
+    """Main function of a rank process: ends when the pool closes its end of the pipe, or dies."""
+    threading.Thread(target=_end_with, args=(owner_pid,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool, which ends us
     faulthandler.register(signal.SIGUSR2, file=stacks.fileno(), all_threads=True)
     torch.set_num_threads(1)
@@ -58,6 +61,13 @@ def serve_rank(tasks: Connection, stacks: Connection, store_address: str) -> Non
             return
         answer = _run(task, store) if isinstance(task, Task) else task
         tasks.send_bytes(_pickled(answer))
+
+
+def _end_with(owner_pid: int) -> None:
+    """Whatever this rank is stuck in, it does not outlive the process that owns the pool."""
+    with suppress(ProcessLookupError):  # gone already
+        select.select([os.pidfd_open(owner_pid)], [], [])
+    os._exit(1)
 
 
 def _run(task: Task, store: TCPStore) -> Any:

@@ -11,10 +11,12 @@ import torch
 
 from comms.groups import CommError, CommTimeout, Group, ParallelGroups
 from comms.launch import RankDied, RankError, RankPool, RankTimeout
+from comms.store import connect_store, host_store
 from comms.topology import Topology
 
 THREE = Topology(num_nodes=1, ranks_per_node=3)
 DEADLINE_S = 0.6
+SLACK_S = 15.0  # it takes milliseconds (gloo: 0.4 s) unless the machine is starved
 OPERATIONS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast",
               "broadcast_bytes", "barrier")  # fmt: skip
 
@@ -43,24 +45,30 @@ def error_of(group: Group, operation: str) -> tuple[CommError, float]:
     raise AssertionError(f"{operation} went through without rank 2")
 
 
-def without_rank_2(groups: ParallelGroups, operation: str, away_s: float):
+def without_rank_2(groups: ParallelGroups, operation: str, address: str):
+    """Rank 2 stays away until the others have their errors."""
+    store = connect_store(address)
     groups.world.barrier()
     if groups.rank == 2:
-        time.sleep(away_s)
+        store.get("done/0")
+        store.get("done/1")
         return None
-    return error_of(groups.world, operation)
+    result = error_of(groups.world, operation)
+    store.set(f"done/{groups.rank}", "1")
+    return result
 
 
 SILENT = [*(("shm", name) for name in OPERATIONS), ("gloo", "all_to_all"), ("gloo", "broadcast")]
 
 
 @pytest.mark.parametrize(("backend", "operation"), SILENT)
-def test_a_silent_peer_is_named_within_a_second_of_the_deadline(rank_pool, backend, operation):
+def test_a_silent_peer_is_named_after_the_deadline(rank_pool, backend, operation):
+    store, address = host_store()
     answers = rank_pool.run(
         without_rank_2,
         THREE,
         operation,
-        DEADLINE_S + 0.9,
+        address,
         comm_timeout_s=DEADLINE_S,
         node_backend=backend,
     )
@@ -69,7 +77,8 @@ def test_a_silent_peer_is_named_within_a_second_of_the_deadline(rank_pool, backe
         assert isinstance(error, CommTimeout)
         assert (error.rank, error.silent, error.operation) == (rank, (2,), operation)
         assert f"rank {rank} waited {DEADLINE_S:g} s in {operation} for ranks [2]" in str(error)
-        assert DEADLINE_S <= seconds < DEADLINE_S + 1.0
+        assert DEADLINE_S <= seconds < DEADLINE_S + SLACK_S
+    del store
 
 
 def override_deadline(groups: ParallelGroups) -> tuple[bytes, float]:
@@ -108,7 +117,7 @@ def test_a_killed_peer_is_reported_at_once(backend):
     for rank in (0, 1):
         error, seconds = outcomes[rank]
         assert not isinstance(error, CommTimeout)
-        assert seconds < 5.0
+        assert seconds < SLACK_S
         if backend == "shm":
             named = f"process of rank(s) [2] is gone; rank {rank} waited for them in all_reduce"
             told = "aborted by rank"
@@ -129,7 +138,7 @@ def test_abort_wakes_the_peers(rank_pool, backend):
     answers = rank_pool.run(abort_others, THREE, comm_timeout_s=60.0, node_backend=backend)
     for error, seconds in answers[:2]:
         assert not isinstance(error, CommTimeout)
-        assert seconds < 5.0
+        assert seconds < SLACK_S
 
 
 def abort_own_wait(groups: ParallelGroups):
@@ -150,7 +159,7 @@ def test_abort_wakes_the_own_wait_and_the_group_stays_unusable(rank_pool, backen
     ]:
         for error, seconds in answer:
             assert not isinstance(error, CommTimeout)
-            assert seconds < 5.0
+            assert seconds < SLACK_S
 
 
 def raise_on_1(groups: ParallelGroups) -> None:
@@ -174,6 +183,7 @@ def hang_on_1(groups: ParallelGroups) -> None:
 
 def test_the_pool_kills_a_hang_shows_all_stacks_and_works_again():
     with RankPool() as pool:
+        pool.run(pid_of, THREE)  # started, however busy the machine is
         with pytest.raises(RankTimeout) as caught:
             pool.run(hang_on_1, THREE, timeout_s=1.5)
         assert "in hang_on_1" in str(caught.value)
