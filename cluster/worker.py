@@ -1,5 +1,6 @@
 """One rank of the cluster. A plain class; the controller makes it a Ray actor."""
 
+import gc
 import logging
 from typing import Any
 
@@ -60,6 +61,8 @@ class Worker:
         assert self._engine is not None, "load comes before run"
         if self._mailbox:
             self._mailbox.connect(gateway_address)
+        gc.collect()
+        gc.freeze()  # what lives as long as we do need not be looked at in the middle of a step
         try:
             while self._engine.step():
                 pass

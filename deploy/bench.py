@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ConfigError
-from deploy.settings import load_config
+from deploy.settings import read_config
 from simulations import bench_collectives, bench_step
 
 
@@ -38,7 +38,7 @@ def step_command(
 ) -> int:
     """Milliseconds per phase of a decode step; results.<phase>.ms and .share."""
     try:
-        config = load_config(path, overrides)
+        config = read_config(path, overrides)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,18 +1,16 @@
 """Start a cluster on the Ray we are connected to, use it, and always take it down again."""
 
 import logging
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ServeConfig
-from cluster.controller import Controller, NotEnoughResourcesError, check_resources
+from cluster.controller import Controller, check_resources
 
 STOP_MARGIN_S = 15.0
 
@@ -28,11 +26,11 @@ class RunningCluster:
 
     def wait(self) -> None:
         """Block until the cluster ends; raises what ended it."""
-        ray.get(self.controller.wait.remote())
+        _get(self.controller.wait.remote())
 
     def stats(self) -> list[dict[str, Any]]:
         """One map per rank, see `cluster.worker.Worker.stats`."""
-        stats: list[dict[str, Any]] = ray.get(self.controller.stats.remote(), timeout=30)
+        stats: list[dict[str, Any]] = _get(self.controller.stats.remote(), timeout_s=30)
         return stats
 
 
@@ -54,17 +52,17 @@ def running_cluster(config: ServeConfig) -> Iterator[RunningCluster]:
         .remote(config)
     )
     try:
-        yield RunningCluster(_start(controller), controller)
+        yield RunningCluster(_get(controller.start.remote()), controller)
     finally:
         _stop(controller, config)
 
 
-def _start(controller: Any) -> str:
+def _get(reference: Any, timeout_s: float | None = None) -> Any:
+    """The result, or the remote exception itself instead of Ray's report of it."""
     try:
-        endpoint: str = ray.get(controller.start.remote())
+        return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, Exception) else error from None
-    return endpoint
 
 
 def _stop(controller: Any, config: ServeConfig) -> None:
@@ -76,20 +74,3 @@ def _stop(controller: Any, config: ServeConfig) -> None:
     except ray.exceptions.RayError as error:
         logger.warning("stopping the cluster: %s", error)
     ray.kill(controller)
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Inside this block SIGTERM ends the program as Ctrl-C does, so that clean-up runs."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-__all__ = ["NotEnoughResourcesError", "RunningCluster", "running_cluster", "sigterm_as_interrupt"]

@@ -6,7 +6,6 @@ bytes moved inside and between nodes. It leaves nothing behind.
 """
 
 import asyncio
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from cluster.config import ConfigError
-from cluster.controller import NotEnoughResourcesError
-from cluster.model.errors import CheckpointError, UnsupportedModelError
-from cluster.server.client import AsyncClient, ClientError
+from cluster.server.client import AsyncClient
 from deploy.bench import write_json
-from deploy.cluster import RunningCluster, running_cluster, sigterm_as_interrupt
+from deploy.cluster import RunningCluster, running_cluster
+from deploy.exit_code import exit_code_of
 from deploy.local_ray import local_ray
 from deploy.models.prompts import DEMO_PROMPTS, DemoPrompt
 from deploy.serve import cpus_for
@@ -47,22 +44,8 @@ class Completion:
 
 
 def demo_command(json_file: Path | None) -> int:
-    """Run the demo; 0 when all completions arrived, 130 on Ctrl-C, 1 when the cluster failed."""
-    console = Console()
-    try:
-        with sigterm_as_interrupt():
-            report = _demo(console)
-    except KeyboardInterrupt:
-        console.print("interrupted; everything that was started has been stopped")
-        return 130
-    except (ConfigError, UnsupportedModelError, CheckpointError, NotEnoughResourcesError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (RuntimeError, ClientError) as error:
-        print(f"the demo failed: {error}", file=sys.stderr)
-        return 1
-    write_json(json_file, report)
-    return 0
+    """Run the demo; 0 when all completions arrived, 130 on Ctrl-C."""
+    return exit_code_of(lambda: write_json(json_file, _demo(Console())), interrupted=130)
 
 
 def _demo(console: Console) -> dict[str, Any]:

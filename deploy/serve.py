@@ -2,34 +2,35 @@
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import ray
 
-from cluster.config import ConfigError, ServeConfig
+from cluster.config import ServeConfig
+from deploy.exit_code import exit_code_of
 from deploy.job import serve
 from deploy.local_ray import local_ray
-from deploy.settings import load_config
+from deploy.settings import load_config, read_config
 
 
 def serve_command(path: Path | None, overrides: Sequence[str], *, print_only: bool) -> int:
-    """Serve until interrupted; returns the exit code (see `deploy.job`)."""
-    try:
-        config = load_config(path, overrides)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if print_only:
-        print(config.to_yaml(), end="")
-        return 0
+    """Serve until interrupted, or only print the configuration; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
-        return serve(config)
-    with local_ray(cpus_for(config)):
-        return serve(config)
+
+    def run() -> None:
+        if print_only:
+            print(read_config(path, overrides).to_yaml(), end="")
+            return
+        config = load_config(path, overrides)
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(logging_level=logging.WARNING)
+            serve(config)
+            return
+        with local_ray(cpus_for(config)):
+            serve(config)
+
+    return exit_code_of(run, interrupted=0)
 
 
 def cpus_for(config: ServeConfig) -> float:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tokenizers import Tokenizer
@@ -46,9 +47,9 @@ def test_text_is_what_the_tokenizer_says(client: Client) -> None:
 
 
 def test_same_request_same_tokens_in_any_company(client: Client) -> None:
-    """Ring 1: alone and among 24 others, greedy and seeded, on whichever replica."""
+    """Ring 1: alone and among others, greedy and seeded, on whichever replica."""
     requests: list[tuple[str, dict[str, Any]]] = [
-        (text * n, options) for text in ("Alas, ", "def f(x):", "3 + 4 = ") for n in (1, 5, 30)
+        (text * n, options) for text in ("Alas, ", "def f(x):") for n in (1, 30)
         for options in (GREEDY, SEEDED)
     ]  # fmt: skip
     alone = [client.generate(text, **options).token_ids for text, options in requests]
@@ -69,7 +70,7 @@ def test_stop_string_ends_the_text_before_it(client: Client) -> None:
     ("prompt", "options", "code", "names"),
     [
         ("", {}, Code.INVALID_ARGUMENT, "text"),
-        ([], {}, Code.INVALID_ARGUMENT, "token_ids"),
+        ([], {}, Code.INVALID_ARGUMENT, "the prompt is empty"),
         ([10**6], {}, Code.INVALID_ARGUMENT, "token_ids"),
         ([1] * 100_000, {}, Code.INVALID_ARGUMENT, "max_model_len"),
         (PROMPT, {"temperature": -1.0}, Code.INVALID_ARGUMENT, "temperature"),
@@ -126,3 +127,29 @@ def test_sigterm_stops_cleanly_and_leaves_nothing() -> None:
         command.signal(signal.SIGTERM)
         assert command.wait(60) == 0, command.output
     assert Traces.now().left_since(before) == {}
+
+
+def test_lost_rank_ends_the_cluster_by_name_and_leaves_nothing() -> None:
+    """kill -9 of one rank: streams end with an error that names it, nothing hangs."""
+    before = Traces.now()
+    with running([EXPERTMESH, "serve", "parallel.num_nodes=1"]) as command:
+        endpoint = command.wait_for(r"serving mosaic on (\S+)", START_TIMEOUT_S)[1]
+        with Client(endpoint, timeout_s=60) as client:
+            stream = client.generate_stream(PROMPT, temperature=0.0, max_tokens=1000)
+            next(stream)
+            victim = workers_below(command.process.pid)[1]
+            victim.kill()
+            with pytest.raises(RequestError, match=r"rank \d ended") as lost:
+                list(stream)
+        assert lost.value.code in (Code.ABORTED, Code.UNAVAILABLE)
+        assert command.wait(60) == 1, command.output
+        assert "the cluster failed: rank" in command.output
+    assert Traces.now().left_since(before) == {}
+
+
+def workers_below(pid: int) -> list[psutil.Process]:
+    """The rank processes among the descendants of a command."""
+    family = psutil.Process(pid).children(recursive=True)
+    return [
+        process for process in family if "Worker" in process.name() + "".join(process.cmdline())
+    ]

@@ -1,0 +1,55 @@
+"""How every way a cluster can end becomes one message and one exit code.
+
+0 done or stopped; 1 a running cluster failed; 2 a configuration or checkpoint that cannot be
+served; 3 the Ray cluster is too small.
+"""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import ray
+
+from cluster.config import ConfigError
+from cluster.controller import NotEnoughResourcesError
+from cluster.model.errors import CheckpointError, UnsupportedModelError
+from cluster.server.client import ClientError
+from cluster.server.tokenizer import TokenizerError
+
+UNUSABLE = (ConfigError, CheckpointError, UnsupportedModelError, TokenizerError)
+
+
+def exit_code_of(action: Callable[[], None], *, interrupted: int) -> int:
+    """Run `action` and return the exit code; `interrupted` is that of Ctrl-C and SIGTERM."""
+    try:
+        with _sigterm_as_interrupt():
+            action()
+    except KeyboardInterrupt:
+        print("stopped; nothing is left running", flush=True)
+        return interrupted
+    except UNUSABLE as error:
+        print(error, file=sys.stderr)
+        return 2
+    except NotEnoughResourcesError as error:
+        print(error, file=sys.stderr)
+        return 3
+    except (RuntimeError, ClientError, ray.exceptions.RayError) as error:
+        print(f"the cluster failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Inside this block SIGTERM ends the program as Ctrl-C does, so that clean-up runs."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
