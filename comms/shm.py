@@ -2,7 +2,7 @@
 
 Every collective is the same move: expose my bytes in my segment, wait until the peers have exposed
 theirs, read the parts that are mine. Bytes beyond a segment's capacity go in further rounds. See
-`mailbox.py` for why one wait per round is enough. A call costs tens of microseconds.
+`segments.py` for why one wait per round is enough. A call costs tens of microseconds.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from comms.mailbox import Mailbox
+from comms.segments import Segments
 from comms.sizes import (
     as_bytes,
     check_counts,
@@ -50,7 +50,7 @@ class ShmGroup:
         self.idx = self.ranks.index(rank)
         self._capacity = capacity
         self._typed: dict[tuple[int, int, torch.dtype], Tensor] = {}
-        self._box = Mailbox(
+        self._segments = Segments(
             name=name,
             ranks=self.ranks,
             idx=self.idx,
@@ -82,7 +82,7 @@ class ShmGroup:
     def all_to_all(self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> Tensor:
         check_sizes(x, send_sizes, self.size)
         check_counts(recv_sizes, self.size)
-        box, capacity, mine = self._box, self._capacity, as_bytes(x)
+        segments, capacity, mine = self._segments, self._capacity, as_bytes(x)
         sent = offsets_of(send_sizes, row_bytes(x))
         received = offsets_of(recv_sizes, row_bytes(x))
         out = empty_rows(x, sum(recv_sizes))
@@ -92,10 +92,10 @@ class ShmGroup:
             self._expose("all_to_all", mine, lo, sent)
             self._wait_all("all_to_all")
             for j in range(self.size):
-                end = max(end, box.header(j)[1])
-                start, stop = box.offset(j, self.idx), box.offset(j, self.idx + 1)
+                end = max(end, segments.header(j)[1])
+                start, stop = segments.offset(j, self.idx), segments.offset(j, self.idx + 1)
                 if stop - start != received[j + 1] - received[j]:
-                    raise box.fail(
+                    raise segments.fail(
                         f"group {self.name!r}: rank {self.ranks[j]} sends {stop - start} bytes in "
                         f"all_to_all but rank {self.ranks[self.idx]} expects "
                         f"{received[j + 1] - received[j]}"
@@ -130,84 +130,86 @@ class ShmGroup:
                 raise ValueError("the source of broadcast_bytes needs data, got None")
             self._send_bytes(data, timeout_s)
             return data
-        box, parts, lo, end = self._box, [], 0, 1
+        segments, parts, lo, end = self._segments, [], 0, 1
         while lo < end:
-            half = box.begin("broadcast_bytes", timeout_s)
-            box.set_header(half, _OP["broadcast_bytes"], 0)
-            box.post()
-            box.wait((source,), "broadcast_bytes", timeout_s)
+            half = segments.begin("broadcast_bytes", timeout_s)
+            segments.set_header(half, _OP["broadcast_bytes"], 0)
+            segments.post()
+            segments.wait((source,), "broadcast_bytes", timeout_s)
             end = self._checked_header(source, "broadcast_bytes")
-            start = box.data_range(half)
-            parts.append(box.maps[source][start : start + max(0, min(end - lo, self._capacity))])
+            start = segments.data_range(half)
+            parts.append(
+                segments.maps[source][start : start + max(0, min(end - lo, self._capacity))]
+            )
             lo += self._capacity
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def barrier(self, timeout_s: float | None = None) -> None:
-        box = self._box
-        box.set_header(box.begin("barrier", timeout_s), _OP["barrier"], 0)
-        box.post()
+        segments = self._segments
+        segments.set_header(segments.begin("barrier", timeout_s), _OP["barrier"], 0)
+        segments.post()
         self._wait_all("barrier", timeout_s)
 
     def abort(self) -> None:
-        self._box.abort()
+        self._segments.abort()
 
     def close(self) -> None:
         self._typed.clear()
-        self._box.close()
+        self._segments.close()
 
     # -- the one move ------------------------------------------------------------------------
 
     def _expose(self, operation: str, data: Tensor, lo: int, offsets: Sequence[int] = ()) -> None:
         """Post the window of `data` that starts at byte lo."""
-        box = self._box
-        half = box.begin(operation)
+        segments = self._segments
+        half = segments.begin(operation)
         num_bytes = min(data.shape[0] - lo, self._capacity)
         if num_bytes > 0:
-            start = box.data_range(half)
-            box.memory[self.idx][start : start + num_bytes] = data[lo : lo + num_bytes]
-        box.set_header(half, _OP[operation], data.shape[0], offsets)
-        box.post()
+            start = segments.data_range(half)
+            segments.memory[self.idx][start : start + num_bytes] = data[lo : lo + num_bytes]
+        segments.set_header(half, _OP[operation], data.shape[0], offsets)
+        segments.post()
 
     def _window(self, peer: int, lo: int, first: int, last: int) -> Tensor:
         """Bytes [first, last) of what `peer` exposes, of which the current round shows lo on."""
-        start = self._box.data_range(self._box.half) - lo
-        return self._box.memory[peer][start + first : start + last]
+        start = self._segments.data_range(self._segments.half) - lo
+        return self._segments.memory[peer][start + first : start + last]
 
     def _wait_all(self, operation: str, timeout_s: float | None = None) -> None:
-        self._box.wait(self._box.peers, operation, timeout_s)
-        for peer in self._box.peers:
+        self._segments.wait(self._segments.peers, operation, timeout_s)
+        for peer in self._segments.peers:
             self._checked_header(peer, operation)
 
     def _wait_for(self, peer: int, operation: str, num_bytes: int) -> None:
-        self._box.wait((peer,), operation)
+        self._segments.wait((peer,), operation)
         self._check_total(peer, operation, num_bytes)
 
     def _check_total(self, peer: int, operation: str, num_bytes: int) -> None:
         total = self._checked_header(peer, operation)
         if total != num_bytes:
-            raise self._box.fail(
+            raise self._segments.fail(
                 f"group {self.name!r}: rank {self.ranks[peer]} brings {total} bytes to {operation} "
                 f"but rank {self.ranks[self.idx]} expects {num_bytes}"
             )
 
     def _checked_header(self, peer: int, operation: str) -> int:
-        op, total = self._box.header(peer)
+        op, total = self._segments.header(peer)
         if op != _OP[operation]:
-            raise self._box.fail(
+            raise self._segments.fail(
                 f"group {self.name!r}: rank {self.ranks[peer]} called {_OPERATIONS[op]} while "
                 f"rank {self.ranks[self.idx]} called {operation}"
             )
         return total
 
     def _send_bytes(self, data: bytes, timeout_s: float | None) -> None:
-        box = self._box
+        segments = self._segments
         for lo in range(0, max(1, len(data)), self._capacity):
-            half = box.begin("broadcast_bytes", timeout_s)
+            half = segments.begin("broadcast_bytes", timeout_s)
             part = data[lo : lo + self._capacity]
-            start = box.data_range(half)
-            box.maps[self.idx][start : start + len(part)] = part
-            box.set_header(half, _OP["broadcast_bytes"], len(data))
-            box.post()
+            start = segments.data_range(half)
+            segments.maps[self.idx][start : start + len(part)] = part
+            segments.set_header(half, _OP["broadcast_bytes"], len(data))
+            segments.post()
 
     # -- gathers and sums --------------------------------------------------------------------
 
@@ -254,10 +256,10 @@ class ShmGroup:
 
     def _elements(self, peer: int, dtype: torch.dtype) -> Tensor:
         """The data of `peer`'s current half as elements of `dtype`; the views are kept."""
-        half = self._box.half
+        half = self._segments.half
         view = self._typed.get((peer, half, dtype))
         if view is None:
-            start = self._box.data_range(half)
-            view = self._box.memory[peer][start : start + self._capacity].view(dtype)
+            start = self._segments.data_range(half)
+            view = self._segments.memory[peer][start : start + self._capacity].view(dtype)
             self._typed[peer, half, dtype] = view
         return view

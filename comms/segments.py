@@ -31,7 +31,7 @@ _MAX_SLEEP_S = 2e-3
 _IN_ORDER = platform.machine() in ("x86_64", "AMD64")
 
 
-class Mailbox:
+class Segments:
     """My segment and my peers', the flags, and the waiting."""
 
     def __init__(
