@@ -50,8 +50,13 @@ class Controller:
         self._gateway: Gateway | None = None
         self._server: GrpcServer | None = None
         self._stopping = False
+        self._doing = "starting the controller"
         self._host = LOOPBACK
         self._leader_addresses: list[str] = []
+
+    async def doing(self) -> str:
+        """What `start` is at, for whoever waits for it."""
+        return self._doing
 
     async def start(self) -> str:
         """Place, load and connect every rank; returns the gRPC endpoint, `host:port`.
@@ -105,6 +110,7 @@ class Controller:
 
     async def _place_workers(self) -> None:
         check_resources(self._config)
+        self._doing = f"placing {self._topology.num_nodes} nodes on Ray"
         self._placement_group = placement_group(
             [{"CPU": _cpus_per_node(self._config)}] * self._topology.num_nodes,
             strategy=self._config.ray.placement_strategy,
@@ -128,10 +134,12 @@ class Controller:
         ]
 
     async def _load_workers(self) -> None:
-        logger.info("starting %d ranks", self._topology.world_size)
+        world_size = self._topology.world_size
+        self._doing = f"starting {world_size} rank processes"
         try:
             async with asyncio.timeout(self._config.ray.startup_timeout_s):
                 hosts = await self._find_hosts()
+                self._doing = f"connecting {world_size} ranks and loading {self._config.model}"
                 store_address = await self._workers[0].host_store.remote(hosts[0])
                 reports = await asyncio.gather(
                     *(
@@ -141,8 +149,8 @@ class Controller:
                 )
         except TimeoutError:
             raise RuntimeError(
-                f"ranks were not ready after ray.startup_timeout_s = "
-                f"{self._config.ray.startup_timeout_s:g} s; see their logs for what they wait for"
+                f"still {self._doing} after ray.startup_timeout_s = "
+                f"{self._config.ray.startup_timeout_s:g} s; the ranks' logs say what they wait for"
             ) from None
         for report in reports:
             logger.info("rank %d ready: %s", report["rank"], report["memory"])

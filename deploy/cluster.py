@@ -13,6 +13,7 @@ from cluster.config import ServeConfig
 from cluster.controller import Controller, check_resources
 
 STOP_MARGIN_S = 15.0
+PROGRESS_S = 0.5
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def running_cluster(config: ServeConfig) -> Iterator[RunningCluster]:
     Raises NotEnoughResourcesError when the layout does not fit, before anything is started.
     """
     check_resources(config)
-    controller = (
+    controller: Any = (
         ray.remote(Controller)
         .options(
             num_cpus=0,
@@ -52,9 +53,21 @@ def running_cluster(config: ServeConfig) -> Iterator[RunningCluster]:
         .remote(config)
     )
     try:
-        yield RunningCluster(_get(controller.start.remote()), controller)
+        yield RunningCluster(_start(controller), controller)
     finally:
         _stop(controller, config)
+
+
+def _start(controller: Any) -> str:
+    """The endpoint; logs what the controller is at while we wait."""
+    endpoint = controller.start.remote()
+    told = ""
+    while not ray.wait([endpoint], timeout=PROGRESS_S)[0]:
+        doing = _get(controller.doing.remote())
+        if doing != told:
+            logger.info("%s ...", doing)
+            told = doing
+    return str(_get(endpoint))
 
 
 def _get(reference: Any, timeout_s: float | None = None) -> Any:
