@@ -28,6 +28,8 @@ from deploy.serve import cpus_for
 from deploy.settings import load_config
 
 MAX_TOKENS = 96
+# A model this small repeats itself when decoded greedily; the seed makes every demo the same.
+SAMPLING = {"temperature": 0.7, "top_p": 0.9, "seed": 1}
 
 
 @dataclass
@@ -111,7 +113,7 @@ async def _stream_all(console: Console, endpoint: str) -> list[Completion]:
 async def _stream(
     client: AsyncClient, completion: Completion, everything: Sequence[Completion], view: Live
 ) -> None:
-    stream = client.generate_stream(completion.prompt.text, max_tokens=MAX_TOKENS, temperature=0.0)
+    stream = client.generate_stream(completion.prompt.text, max_tokens=MAX_TOKENS, **SAMPLING)
     async for chunk in stream:
         completion.text += chunk.text
         completion.token_ids += chunk.token_ids
