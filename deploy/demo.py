@@ -55,13 +55,12 @@ def _demo(console: Console) -> dict[str, Any]:
     parallel = config.parallel
     layout = f"{parallel.num_nodes} logical nodes x {parallel.ranks_per_node} ranks"
     started = time.monotonic()
-    with console.status("starting Ray ...") as status, local_ray(cpus_for(config)):
-        status.update(f"starting {layout} and loading {config.model_name} ...")
+    console.print("starting a private Ray ...")
+    with local_ray(cpus_for(config)):
+        console.print(f"starting {layout} and loading {config.model_name} ...")
         with running_cluster(config) as cluster:
-            status.stop()
             console.print(
-                f"[bold]{config.model_name}[/bold] on {layout}, gRPC on {cluster.endpoint}, "
-                f"ready after {time.monotonic() - started:.0f} s"
+                f"ready after {time.monotonic() - started:.0f} s, gRPC on {cluster.endpoint}"
             )
             report = _generate_and_measure(console, cluster)
     console.print("stopped; nothing is left running")
