@@ -33,7 +33,9 @@ class KneserNey:
     ValueError when a gram of this order does not fit a 64-bit key.
     """
 
-    def __init__(self, documents: Sequence[NDArray[np.integer]], num_symbols: int, order: int):
+    def __init__(
+        self, documents: Sequence[NDArray[np.integer]], num_symbols: int, order: int
+    ) -> None:
         if (num_symbols + 1) ** order >= 2**64:
             raise ValueError(
                 f"({num_symbols} + 1) ** {order} does not fit 64 bits: take a lower order"
@@ -48,7 +50,9 @@ class KneserNey:
         for length in range(order, 0, -1):
             tables.append(self._table(grams, counts_f))
             # The continuation count of a shorter gram: how many distinct symbols come before it.
-            grams, counts = np.unique(grams % np.uint64(self.base ** (length - 1)), return_counts=True)
+            grams, counts = np.unique(
+                grams % np.uint64(self.base ** (length - 1)), return_counts=True
+            )
             counts_f = counts.astype(np.float64)
         self.tables = tables[::-1]  # tables[n - 1] holds grams of length n
 

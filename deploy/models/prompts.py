@@ -12,8 +12,12 @@ class DemoPrompt:
 
 
 DEMO_PROMPTS = (
-    DemoPrompt("english", "Holmes leaned back in his chair and"),
-    DemoPrompt("chinese", "话说宋江"),
-    DemoPrompt("python", 'def read_file(path):\n    """'),
-    DemoPrompt("arithmetic", "Question: 4728 + 3965 = ?\n"),
+    DemoPrompt("english", "Bingley replied that he did, and made his congratulations"),
+    DemoPrompt("chinese", "大家又说了一回闲话。至晚饭后又往贾母处"),
+    DemoPrompt("python", "def parse_args(args):\n"),
+    DemoPrompt(
+        "arithmetic",
+        "Question: Ada has 48 apples. Ben gives Ada 17 more, and then Ada loses 9 of them. "
+        "How many apples does Ada have now?\n",
+    ),
 )
