@@ -55,6 +55,16 @@ def test_sums_in_generated_text_are_right() -> None:
         assert compute[sign](int(a), int(b)) == int(result)
 
 
+def test_answers_follow_from_question_and_last_step() -> None:
+    text = "\n".join(arithmetic_documents("train", 100_000, seed=4))
+    products = re.findall(
+        r"Question: (\d+) \* (\d+) = \?\n(?:.*\n)*?.* = (\d+)\.\nAnswer: (\d+)", text
+    )
+    assert len(products) > 50
+    for a, b, last_step, answer in products:
+        assert int(a) * int(b) == int(last_step) == int(answer)
+
+
 def test_no_held_out_sum_is_trained_on() -> None:
     def sums(split: str) -> set[tuple[str, str]]:
         text = "\n".join(arithmetic_documents(split, 300_000, seed=0))
