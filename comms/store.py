@@ -4,6 +4,7 @@ The host binds port 0 and keeps the store open for as long as the cluster lives,
 moment at which another process can take the port.
 """
 
+import socket
 from datetime import timedelta
 
 from torch.distributed import (  # type: ignore[attr-defined]  # public, but not listed in __all__
@@ -14,13 +15,24 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, but not
 
 __all__ = ["PrefixStore", "Store", "TCPStore", "connect_store", "host_store"]
 
+_BACKLOG = 1024  # every rank of a cluster may connect at once
+
 
 def host_store(host: str = "127.0.0.1", timeout_s: float = 60.0) -> tuple[TCPStore, str]:
     """Open a store on a free port of `host`; returns it and its "host:port"."""
+    # Left to itself the store listens on every interface; the socket that we bind is on this one.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
+    port = listener.getsockname()[1]
     store = TCPStore(
-        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),
     )
-    return store, f"{host}:{store.port}"
+    return store, f"{host}:{port}"
 
 
 def connect_store(address: str, timeout_s: float = 60.0) -> TCPStore:

@@ -86,7 +86,7 @@ class Leader:
                 case "add":
                     events += self._add(frame)
                 case "abort":
-                    self.scheduler.abort(frame["request_id"])
+                    self.scheduler.abort(str(frame.get("request_id")))
                 case "stop":
                     self._stop_requested = True
         return events

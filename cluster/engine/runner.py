@@ -15,7 +15,6 @@ from cluster.model.config import ModelConfig
 from cluster.model.kv_cache import KVCache
 from cluster.model.transformer import Transformer
 from comms.groups import ParallelGroups
-from experts.moe import MoELayer
 from router.placement import Placement
 
 GIB = 1 << 30
@@ -59,11 +58,6 @@ class Runner:
         """fp32 logits [len(plan.logit_items), V] on TP rank 0, None elsewhere."""
         return self.model.forward(forward_batch(plan, self.cache.block_size), self.cache)
 
-    def expert_load(self) -> list[int]:
-        """(token, expert) pairs computed by this rank since the start, per expert layer."""
-        layers = (layer.mlp for layer in self.model.layers)
-        return [int(moe.tokens_per_slot_S.sum()) for moe in layers if isinstance(moe, MoELayer)]
-
     def memory(self) -> dict[str, int]:
         """Bytes held by this rank, by kind."""
         return {**self.model.memory(), "kv_cache": self.cache.num_bytes}
@@ -73,7 +67,7 @@ class Runner:
         phase; and the memory held."""
         ledger = self.model.ledger
         return {
-            "expert_load": self.expert_load(),
+            "expert_load": self.model.expert_load(),
             "bytes": {
                 "intra_node": ledger.intra_node_bytes(),
                 "inter_node": ledger.inter_node_bytes(),

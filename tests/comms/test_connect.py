@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -118,3 +119,11 @@ def test_ranks_end_with_their_owner(tmp_path: Path) -> None:
     while any(running(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(running(pid) for pid in pids)
+
+
+def test_the_store_listens_on_its_own_address_only() -> None:
+    store, address = host_store("127.0.0.1")
+    port = int(address.rpartition(":")[2])
+    listening = [c.laddr for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"]
+    assert [a.ip for a in listening if a.port == port] == ["127.0.0.1"]
+    del store
