@@ -1,7 +1,8 @@
 """A private Ray on this machine, for when the user has none: started, then removed without trace.
 
 Session files, sockets and logs live in one temporary directory that is deleted at the end; the
-access token exists only in this process and its children. Ray listens on loopback alone.
+access token exists only in this process and its children. Ray's control services listen on loopback;
+its per-node agents and metrics exporters choose the host's own addresses.
 """
 
 import logging

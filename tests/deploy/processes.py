@@ -17,6 +17,8 @@ import psutil
 
 EXPERTMESH = str(Path(sys.executable).with_name("expertmesh"))
 ROOT = Path(__file__).resolve().parents[2]
+# Every process that one of our commands starts inherits it, whoever its parent is by then.
+MARK = {"EXPERTMESH_TEST_RUN": str(os.getpid())}
 
 
 class Command:
@@ -27,7 +29,7 @@ class Command:
         self.process = subprocess.Popen(
             arguments,
             cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "80", **environment},
+            env={**os.environ, **MARK, "PYTHONUNBUFFERED": "1", "COLUMNS": "80", **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -103,7 +105,7 @@ class Traces:
     @staticmethod
     def now() -> "Traces":
         return Traces(
-            processes=frozenset(_ray_or_ours()),
+            processes=frozenset(_marked()),
             shared_memory=frozenset(os.listdir("/dev/shm")),
             temporary_files=frozenset(
                 name
@@ -122,11 +124,11 @@ class Traces:
         return {kind: names for kind, names in left.items() if names}
 
 
-def _ray_or_ours() -> Iterator[int]:
-    for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if any(mark in line for mark in ("ray::", "raylet", "gcs_server", "expertmesh", "ray/")):
-            yield process.pid
+def _marked() -> Iterator[int]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if MARK.items() <= process.environ().items():
+                yield process.pid
 
 
 def _describe(pid: int) -> str:

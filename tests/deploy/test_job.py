@@ -41,11 +41,23 @@ def test_job_submitted_with_ray_serves_until_stopped(ray_head: dict[str, str]) -
             client.wait_ready(30)
             answer = client.generate("The whale", max_tokens=8, temperature=0.0)
         assert answer.usage.completion_tokens == 8
+        expect_no_room_for_a_second_cluster(ray_head)
         subprocess.run(
             [RAY, "job", "stop", "serve"], env={**os.environ, **ray_head}, check=True,
             capture_output=True, timeout=90,
         )  # fmt: skip
         job.wait_for("(?i)stopped", 60)
+
+
+def expect_no_room_for_a_second_cluster(ray_head: dict[str, str]) -> None:
+    """Enough CPUs in all, but the first cluster holds them."""
+    arguments = [
+        RAY, "job", "submit", "--working-dir", ".", "--",
+        sys.executable, "-m", "deploy.job", "--config", "deploy/configs/demo.yaml",
+    ]  # fmt: skip
+    with running(arguments, **ray_head) as job:
+        job.wait_for(r"= 4 CPUs .* 0 of them free", 60)
+        assert job.wait(60) != 0
 
 
 def test_layout_larger_than_the_cluster_is_refused_at_once(ray_head: dict[str, str]) -> None:
