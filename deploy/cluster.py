@@ -11,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ServeConfig
 from cluster.controller import Controller, check_resources
+from deploy.exit_code import interrupt_on_sigterm
 
 STOP_MARGIN_S = 15.0
 PROGRESS_S = 0.5
@@ -41,6 +42,7 @@ def running_cluster(config: ServeConfig) -> Iterator[RunningCluster]:
 
     Raises NotEnoughResourcesError when the layout does not fit, before anything is started.
     """
+    interrupt_on_sigterm()  # again: ray.init has put its own handler in place of ours
     check_resources(config)
     controller: Any = (
         ray.remote(Controller)

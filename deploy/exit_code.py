@@ -6,8 +6,7 @@ served; 3 the Ray cluster is too small.
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 
 import ray
@@ -23,9 +22,10 @@ UNUSABLE = (ConfigError, CheckpointError, UnsupportedModelError, TokenizerError)
 
 def exit_code_of(action: Callable[[], None], *, interrupted: int) -> int:
     """Run `action` and return the exit code; `interrupted` is that of Ctrl-C and SIGTERM."""
+    previous = signal.getsignal(signal.SIGTERM)
+    interrupt_on_sigterm()
     try:
-        with _sigterm_as_interrupt():
-            action()
+        action()
     except KeyboardInterrupt:
         print("stopped; nothing is left running", flush=True)
         return interrupted
@@ -38,18 +38,15 @@ def exit_code_of(action: Callable[[], None], *, interrupted: int) -> int:
     except (RuntimeError, ClientError, ray.exceptions.RayError) as error:
         print(f"the cluster failed: {error}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Inside this block SIGTERM ends the program as Ctrl-C does, so that clean-up runs."""
+def interrupt_on_sigterm() -> None:
+    """From now on SIGTERM ends the program as Ctrl-C does, so that clean-up runs."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    signal.signal(signal.SIGTERM, interrupt)

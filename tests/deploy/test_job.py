@@ -15,7 +15,7 @@ from tests.deploy.processes import running
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A Ray head node with its dashboard on loopback; yields the environment to reach it."""
     directory = tmp_path_factory.mktemp("r")

@@ -25,7 +25,7 @@ from deploy.settings import BUNDLED_MODELS
 
 MOSAIC = BUNDLED_MODELS["mosaic"]
 NUM_TOKENS = 200
-FEW_TOKENS = 64  # where many clusters are compared
+FEW_TOKENS = 48  # where many clusters are compared
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2)]
 TIMEOUT_S = 240
 TEXTS = (
