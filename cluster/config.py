@@ -14,6 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from comms.topology import Topology
+
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -46,6 +48,14 @@ class ParallelConfig(Section):
                 f"{self.tp_size} = {self.ranks_per_node % self.tp_size}, not 0"
             )
         return self
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(
+            num_nodes=self.num_nodes,
+            ranks_per_node=self.ranks_per_node,
+            tensor_parallel_size=self.tp_size,
+        )
 
     @property
     def tp_size(self) -> int:

@@ -21,7 +21,6 @@ from cluster.server.request import ModelInfo
 from cluster.server.service import GrpcServer
 from cluster.server.tokenizer import load_tokenizer
 from cluster.worker import Worker
-from comms.topology import Topology
 
 PLACEMENT_TIMEOUT_S = 10.0
 LOOPBACK = "127.0.0.1"
@@ -38,12 +37,7 @@ class Controller:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        parallel = config.parallel
-        self._topology = Topology(
-            num_nodes=parallel.num_nodes,
-            ranks_per_node=parallel.ranks_per_node,
-            tensor_parallel_size=parallel.tp_size,
-        )
+        self._topology = config.parallel.topology
         self._placement_group: PlacementGroup | None = None
         self._workers: list[Any] = []
         self._sentinels: list[asyncio.Future[None]] = []

@@ -54,11 +54,11 @@ def generate(
     if mailbox is None:
         return {}
     tokens: dict[str, list[int]] = {frame["request_id"]: [] for frame in mine}
-    for request_id, token_id, _, _, error in mailbox.events:
-        if error is not None:
-            raise OfflineError(f"request {request_id}: {error}")
-        if token_id is not None:
-            tokens[request_id].append(token_id)
+    for event in mailbox.events:
+        if event.error is not None:
+            raise OfflineError(f"request {event.request_id}: {event.error}")
+        if event.token_id is not None:
+            tokens[event.request_id].append(event.token_id)
     return tokens
 
 

@@ -21,7 +21,6 @@ from cluster.engine.sampling_params import SamplingParams
 from cluster.model.config import ModelConfig
 from cluster.model.errors import CheckpointError, UnsupportedModelError
 from comms.launch import RankPool
-from comms.topology import Topology
 from deploy.bench import write_json
 
 MAX_LOGIT_DIFF = 1e-4
@@ -120,7 +119,7 @@ def _compare(
             "parallel": {"num_nodes": nodes, "ranks_per_node": ranks},
         }
     )
-    topology = Topology(num_nodes=nodes, ranks_per_node=ranks)
+    topology = config.parallel.topology
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     requests = [offline.add_frame(str(idx), p, params) for idx, p in enumerate(prompts)]
     logits = pool.run(offline.prefill_logits, topology, config, prompts, timeout_s=TIMEOUT_S)[0]

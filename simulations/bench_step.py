@@ -14,7 +14,6 @@ from cluster.engine.sampling_params import SamplingParams
 from cluster.offline import add_frame
 from comms.groups import ParallelGroups
 from comms.launch import RankPool
-from comms.topology import Topology
 
 PHASES = (
     "schedule", "broadcast", "attention", "gate", "dispatch", "experts", "combine", "sample",
@@ -30,18 +29,13 @@ def run(config: ServeConfig, sequences: int, steps: int) -> dict[str, Any]:
     Returns {"step_ms", "tokens_per_s" of all replicas, "results": {phase: {"ms", "share"}}, ...};
     the phase "other" is what no other covers (norms, embedding, logits, bookkeeping).
     """
-    parallel = config.parallel
-    topology = Topology(
-        num_nodes=parallel.num_nodes,
-        ranks_per_node=parallel.ranks_per_node,
-        tensor_parallel_size=parallel.tp_size,
-    )
+    topology = config.parallel.topology
     config = _roomy(config, sequences, steps)
     with RankPool(topology.world_size) as pool:
         reports = pool.run(_decode, topology, config, sequences, steps, timeout_s=TIMEOUT_S)
     report: dict[str, Any] = reports[0]
     return {
-        "layout": f"{parallel.num_nodes}x{parallel.ranks_per_node}",
+        "layout": f"{topology.num_nodes}x{topology.ranks_per_node}",
         "sequences_per_replica": sequences,
         "steps": steps,
         "tokens_per_s": 1000 * sequences * topology.num_replicas / report["step_ms"],

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import msgpack
 import zmq
 
+from cluster.engine.sequence import TokenEvent
+
 Frame = dict[str, Any]
 MAX_FRAME_BYTES = 64 << 20
 MAX_QUEUED_FRAMES = 10_000
@@ -78,7 +80,7 @@ class LocalMailbox:
     def __init__(self, requests: Iterable[Frame]) -> None:
         self._unread = list(requests)
         self._unfinished = {frame["request_id"] for frame in self._unread}
-        self.events: list[list[Any]] = []
+        self.events: list[TokenEvent] = []
 
     def receive(self, timeout_s: float) -> list[Frame]:
         frames, self._unread = self._unread, []
@@ -87,8 +89,8 @@ class LocalMailbox:
     def send(self, frame: Frame) -> None:
         for event in frame["events"]:
             self.events.append(event)
-            if event[2] is not None:
-                self._unfinished.discard(event[0])
+            if event.finish_reason is not None:
+                self._unfinished.discard(event.request_id)
 
 
 def unpack(data: bytes) -> Frame | None:

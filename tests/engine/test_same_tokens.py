@@ -73,12 +73,7 @@ def config_for(nodes: int, ranks: int, **sections: dict[str, Any]) -> ServeConfi
 
 def serve(pool: RankPool, config: ServeConfig, requests: list[Frame]) -> dict[str, list[int]]:
     """Token ids by request id."""
-    parallel = config.parallel
-    topology = Topology(
-        num_nodes=parallel.num_nodes,
-        ranks_per_node=parallel.ranks_per_node,
-        tensor_parallel_size=parallel.tp_size,
-    )
+    topology = config.parallel.topology
     parts = pool.run(offline.generate, topology, config, requests, timeout_s=TIMEOUT_S)
     return {name: ids for part in parts for name, ids in part.items()}
 
