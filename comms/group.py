@@ -6,7 +6,7 @@ and are cast back, so a sum has the same bits on every rank, every run and every
 Every wait has a deadline; after an error a group stays unusable and the caller builds the next one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -17,32 +17,95 @@ class CommError(RuntimeError):
 
 
 class CommTimeout(CommError):  # noqa: N818  (a timeout is named by what happened)
-    """Peers did not arrive before the deadline; the message names who waited for whom, in what."""
+    """Peers did not arrive before the deadline.
+
+    The message names where the rank was (`where`: step and layer), who waited for whom in which
+    `operation` (or stage of an exchange), how many bytes of theirs had come (`progress`: by silent
+    rank, received and expected bytes, expected None while unannounced), and `because`: what the
+    silent peers themselves were waiting for, if they said.
+    """
 
     def __init__(
-        self, *, group: str, operation: str, rank: int, silent: Sequence[int], deadline_s: float
+        self,
+        *,
+        group: str,
+        operation: str,
+        rank: int,
+        silent: Sequence[int],
+        deadline_s: float,
+        where: str = "",
+        progress: Mapping[int, tuple[int, int | None]] | None = None,
+        because: str = "",
     ) -> None:
-        who = f"ranks {list(silent)}" if silent else "peers that could not be identified"
-        super().__init__(
-            f"group {group!r}: rank {rank} waited {deadline_s:g} s in {operation} for {who}"
-        )
         self.group = group
         self.operation = operation
         self.rank = rank
         self.silent = tuple(silent)
         self.deadline_s = deadline_s
+        self.where = where
+        self.progress = dict(progress or {})
+        self.because = because
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        prefix = f"{self.where}, " if self.where else ""
+        who = ", ".join(f"rank {rank}{self._received(rank)}" for rank in self.silent)
+        because = f"; {self.because}" if self.because else ""
+        return (
+            f"{prefix}group {self.group!r}: rank {self.rank} waited {self.deadline_s:g} s in "
+            f"{self.operation} for {who or 'peers that could not be identified'}{because}"
+        )
+
+    def _received(self, rank: int) -> str:
+        if rank not in self.progress:
+            return ""
+        received, expected = self.progress[rank]
+        of = "an unannounced message" if expected is None else f"{expected:,}"
+        return f" (received {received:,} bytes of {of})"
 
     def __reduce__(self) -> tuple[object, ...]:
         fields = (self.group, self.operation, self.rank, self.silent, self.deadline_s)
-        return _rebuild_timeout, fields
+        return _rebuild_timeout, (*fields, self.where, self.progress, self.because)
 
 
 def _rebuild_timeout(
-    group: str, operation: str, rank: int, silent: tuple[int, ...], deadline_s: float
+    group: str,
+    operation: str,
+    rank: int,
+    silent: tuple[int, ...],
+    deadline_s: float,
+    where: str,
+    progress: dict[int, tuple[int, int | None]],
+    because: str,
 ) -> CommTimeout:
     return CommTimeout(
-        group=group, operation=operation, rank=rank, silent=silent, deadline_s=deadline_s
+        group=group,
+        operation=operation,
+        rank=rank,
+        silent=silent,
+        deadline_s=deadline_s,
+        where=where,
+        progress=progress,
+        because=because,
     )
+
+
+class PendingExchange(Protocol):
+    """An exchange under way. Several may be; they finish in the order in which they started."""
+
+    def wait(self) -> list[Tensor]:
+        """What each member sent me, in group order, flat uint8; my own part is what I passed.
+
+        The group's deadline counts from this call. Call it once.
+        """
+
+    @property
+    def waits(self) -> list[float]:
+        """After wait: seconds by member from the call of wait until its bytes were here (>= 0)."""
+
+    @property
+    def finished(self) -> float:
+        """After wait: time.perf_counter() at which the last byte was here."""
 
 
 class Group(Protocol):
@@ -74,6 +137,20 @@ class Group(Protocol):
         """x [sum(send_sizes), ...], rows by destination -> [sum(recv_sizes), ...], rows by source.
 
         send_sizes[j] here equals recv_sizes[my idx] at member j; zeros are fine.
+        """
+
+    def exchange(self, parts: Sequence[Tensor], stage: str) -> list[Tensor]:
+        """parts[j], flat uint8 of any length, to member j; returns what each member sent me.
+
+        Receivers need not know lengths. `stage` names the exchange in errors; it is the same on
+        every member. The same as start_exchange([parts], stage).wait().
+        """
+
+    def start_exchange(self, chunks: Iterable[Sequence[Tensor]], stage: str) -> PendingExchange:
+        """Like exchange, but returns before the bytes have arrived, and takes them in chunks.
+
+        Each chunk has one part per member and is sent as soon as `chunks` yields it, so that making
+        the next one overlaps with sending; a member receives its parts of all chunks in one piece.
         """
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
