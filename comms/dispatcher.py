@@ -7,12 +7,21 @@ Dispatchers know slots and ranks and nothing else: which logical expert sits in 
 router's business. Slot order and sum order are pure functions of `slots_TK`, never of arrival.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import Tensor
 
-from comms.topology import Topology
+from comms.ledger import TrafficLedger
+
+__all__ = [
+    "CombineMode",
+    "DispatchDtype",
+    "DispatchHandle",
+    "Received",
+    "TokenDispatcher",
+    "TrafficLedger",
+]
 
 DispatchDtype = Literal["bfloat16", "float8"]  # bfloat16: rows travel in the model's own dtype
 CombineMode = Literal["node", "exact"]
@@ -56,50 +65,3 @@ class TokenDispatcher(Protocol):
 
         y_PH[p] is the *unweighted* output of pair p, in the model dtype.
         """
-
-
-@dataclass(kw_only=True)
-class TrafficLedger:
-    """Bytes and messages as sent, per (stage, source rank, destination rank).
-
-    Rows that stay on their rank are not sent and not counted. Each rank records what it sends;
-    `merge` adds up the ledgers of several ranks.
-    """
-
-    topology: Topology
-    num_bytes: dict[tuple[str, int, int], int] = field(default_factory=dict)
-    num_messages: dict[tuple[str, int, int], int] = field(default_factory=dict)
-
-    def record(self, stage: str, source: int, destination: int, num_bytes: int) -> None:
-        if num_bytes == 0 or source == destination:
-            return
-        key = (stage, source, destination)
-        self.num_bytes[key] = self.num_bytes.get(key, 0) + num_bytes
-        self.num_messages[key] = self.num_messages.get(key, 0) + 1
-
-    def merge(self, other: "TrafficLedger") -> None:
-        for key, value in other.num_bytes.items():
-            self.num_bytes[key] = self.num_bytes.get(key, 0) + value
-        for key, value in other.num_messages.items():
-            self.num_messages[key] = self.num_messages.get(key, 0) + value
-
-    def clear(self) -> None:
-        self.num_bytes.clear()
-        self.num_messages.clear()
-
-    def intra_node_bytes(self, stage: str | None = None) -> int:
-        """Bytes between different ranks of one node, of one stage or of all."""
-        return self._total(stage, same_node=True)
-
-    def inter_node_bytes(self, stage: str | None = None) -> int:
-        """Bytes between nodes, of one stage or of all."""
-        return self._total(stage, same_node=False)
-
-    def _total(self, stage: str | None, *, same_node: bool) -> int:
-        node_of = self.topology.node_of
-        return sum(
-            value
-            for (key_stage, source, destination), value in self.num_bytes.items()
-            if (stage is None or stage == key_stage)
-            and (node_of(source) == node_of(destination)) == same_node
-        )
