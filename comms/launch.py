@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -19,7 +20,7 @@ from typing import Any, cast
 
 from comms.groups import CommError, NodeBackend
 from comms.rank_process import Failure, Task, serve_rank
-from comms.store import host_store
+from comms.store import TCPStore, host_store
 from comms.topology import Topology
 
 _GRACE_S = 5.0  # for the other ranks to end, once one has failed
@@ -49,12 +50,23 @@ class _Rank:
 
 
 class RankPool:
-    """Rank processes, started on demand and reused. Use as a context manager or call close()."""
+    """Rank processes, started on demand and reused. Use as a context manager or call close().
 
-    def __init__(self, num_ranks: int = 0) -> None:
+    place: called with the rank, first thing in its process, e.g. to move it to a network of its own
+    (picklable). store: the rendezvous and its "host:port", where loopback does not reach the ranks.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int = 0,
+        *,
+        place: Callable[[int], None] | None = None,
+        store: tuple[TCPStore, str] | None = None,
+    ) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["torch", "torch.distributed", "comms.rank_process"])
-        self._store, self._address = host_store("127.0.0.1")
+        self._place = place
+        self._store, self._address = store or host_store("127.0.0.1")
         self._epoch = 0
         self._ranks: list[_Rank] = []
         self._grow(num_ranks)
@@ -140,12 +152,19 @@ class RankPool:
 
     def _grow(self, num_ranks: int) -> None:
         while len(self._ranks) < num_ranks:
+            rank = len(self._ranks)
             tasks, their_tasks = self._context.Pipe()
             stacks, their_stacks = self._context.Pipe(duplex=False)
             process = self._context.Process(
                 target=serve_rank,
-                args=(their_tasks, their_stacks, self._address, os.getpid()),
-                name=f"expertmesh-rank-{len(self._ranks)}",
+                args=(
+                    their_tasks,
+                    their_stacks,
+                    self._address,
+                    os.getpid(),
+                    partial(self._place, rank) if self._place else None,
+                ),
+                name=f"expertmesh-rank-{rank}",
                 daemon=True,
             )
             process.start()

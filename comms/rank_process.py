@@ -45,8 +45,16 @@ class Failure:
     text: str
 
 
-def serve_rank(tasks: Connection, stacks: Connection, store_address: str, owner_pid: int) -> None:
+def serve_rank(
+    tasks: Connection,
+    stacks: Connection,
+    store_address: str,
+    owner_pid: int,
+    place: Callable[[], None] | None = None,
+) -> None:
     """Main function of a rank process: ends when the pool closes its end of the pipe, or dies."""
+    if place is not None:
+        place()  # before threads and sockets, which stay where they were made
     threading.Thread(target=_end_with, args=(owner_pid,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the pool, which ends us
     faulthandler.register(signal.SIGUSR2, file=stacks.fileno(), all_threads=True)
