@@ -1,13 +1,14 @@
-"""Collectives between hosts, over TCP, by gloo.
+"""Collectives between hosts by gloo: the transport to compare with, and to fall back on.
 
 gloo only moves bytes here (one uneven all-to-all or one broadcast); every sum is ours, in rank order
-in fp32, so results have the same bits as over shared memory. The process group is built explicitly
-over a prefix of the store: no default group, nothing lazy. When a call fails, the members leave a
-note in the store, so that the error can name the peers that never arrived.
+in fp32, so results have the same bits as over any other transport. An exchange takes two operations,
+lengths and then bytes, and nothing moves before its wait. The process group is built explicitly over
+a prefix of the store: no default group, nothing lazy. When a call fails, the members leave a note in
+the store, so that the error can name the peers that never arrived.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,26 +20,19 @@ from torch.distributed import (
     ProcessGroupGloo,
 )
 
-from comms.group import CommError, CommTimeout
-from comms.sizes import (
-    as_bytes,
-    check_counts,
-    check_sizes,
-    empty_rows,
-    even_sizes,
-    row_bytes,
-    sum_in_order,
-)
+from comms.collectives import ExchangeCollectives, Parts
+from comms.diagnosis import Diagnosis
+from comms.group import CommError
+from comms.sizes import as_bytes, check_parts, joined
 from comms.store import PrefixStore, Store
 
-_ONE_SHOT_BYTES = 64 * 1024  # beyond this an all-reduce is a reduce-scatter and an all-gather
 _NOTE_S = 0.4  # how long the late may be behind the first to time out
 _SLICE_S = 0.2
 _TIMEOUT_WORDS = ("timed out", "timeout", "timedout")
 
 
-class GlooGroup:
-    """A Group over TCP; collective constructor. `host` is the local address to bind."""
+class GlooGroup(ExchangeCollectives):
+    """A Group over gloo; collective constructor. `host` is the local address to bind."""
 
     def __init__(
         self,
@@ -47,17 +41,17 @@ class GlooGroup:
         ranks: Sequence[int],
         rank: int,
         store: Store,
+        diagnosis: Diagnosis,
         timeout_s: float = 60.0,
         host: str = "127.0.0.1",
     ) -> None:
-        self.name = name
-        self.ranks = tuple(ranks)
-        self.size = len(self.ranks)
-        self.idx = self.ranks.index(rank)
+        super().__init__(name=name, ranks=ranks, rank=rank)
+        self._diagnosis = diagnosis
         self._timeout_s = timeout_s
         self._store = store
         self._calls = 0
         self._error: str | None = None
+        self._unfinished: list[_GlooTransfer] = []
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=timeout_s)
         options._threads = 1
@@ -68,74 +62,13 @@ class GlooGroup:
             "connect", None, lambda: ProcessGroupGloo(prefix, self.idx, self.size, options)
         )
 
-    def all_gather(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        check_sizes(x, sizes, self.size, self.idx)
-        out = empty_rows(x, sum(sizes))
-        unit = row_bytes(x)
-        copies = as_bytes(x).repeat(self.size)  # gloo's own all-gather wants equal sizes
-        mine = [sizes[self.idx] * unit] * self.size
-        self._exchange("all_gather", copies, as_bytes(out), mine, [n * unit for n in sizes])
-        return out
-
-    def reduce_scatter(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        check_sizes(x, sizes, self.size)
-        unit, mine = row_bytes(x), sizes[self.idx]
-        parts = torch.empty((self.size, mine, *x.shape[1:]), dtype=x.dtype)
-        self._exchange(
-            "reduce_scatter",
-            as_bytes(x),
-            as_bytes(parts),
-            [n * unit for n in sizes],
-            [mine * unit] * self.size,
-        )
-        return _sum(parts)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1)
-        if flat.shape[0] * flat.element_size() <= _ONE_SHOT_BYTES:
-            sizes = [flat.shape[0]] * self.size
-            return _sum(self.all_gather(flat, sizes).view(self.size, -1)).view(x.shape)
-        sizes = even_sizes(flat.shape[0], self.size)
-        return self.all_gather(self.reduce_scatter(flat, sizes), sizes).view(x.shape)
-
-    def all_to_all(self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> Tensor:
-        check_sizes(x, send_sizes, self.size)
-        check_counts(recv_sizes, self.size)
-        out = empty_rows(x, sum(recv_sizes))
-        unit = row_bytes(x)
-        self._exchange(
-            "all_to_all",
-            as_bytes(x),
-            as_bytes(out),
-            [n * unit for n in send_sizes],
-            [n * unit for n in recv_sizes],
-        )
-        return out
-
     def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """gloo's own: the source sends to few members and these pass it on."""
         out = x if source == self.idx else torch.empty_like(x)
         data = as_bytes(out)
-        self._broadcast("broadcast", data, source, None)
+        if data.shape[0]:
+            self._guard("broadcast", None, lambda: self._broadcast(data, source))
         return out
-
-    def broadcast_bytes(
-        self, data: bytes | None, source: int, timeout_s: float | None = None
-    ) -> bytes:
-        if source == self.idx and data is None:
-            raise ValueError("the source of broadcast_bytes needs data, got None")
-        num_bytes = torch.tensor([len(data or b"")], dtype=torch.int64)
-        self._broadcast("broadcast_bytes", as_bytes(num_bytes), source, timeout_s)
-        if data is not None and source == self.idx:
-            payload = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
-        else:
-            payload = torch.empty(int(num_bytes), dtype=torch.uint8)
-        self._broadcast("broadcast_bytes", payload, source, timeout_s)
-        return bytes(payload.numpy())
-
-    def barrier(self, timeout_s: float | None = None) -> None:
-        ones = torch.ones(self.size, dtype=torch.uint8)
-        sizes = [1] * self.size
-        self._exchange("barrier", ones, torch.empty_like(ones), sizes, sizes, timeout_s)
 
     def abort(self) -> None:
         if self._error is None:
@@ -149,35 +82,49 @@ class GlooGroup:
 
     # -- moving bytes ------------------------------------------------------------------------
 
-    def _exchange(
+    def _start(
         self,
-        operation: str,
+        chunks: Iterable[Parts],
+        stage: str,
+        sources: Sequence[int],
+        out: Tensor | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> "_GlooTransfer":
+        parts: list[list[Tensor]] = [[] for _ in self.ranks]
+        for chunk in chunks:
+            check_parts(chunk, self.size)
+            for mine, part in zip(parts, chunk, strict=True):
+                if part is not None:
+                    mine.append(part)
+        transfer = _GlooTransfer(self, [joined(mine) for mine in parts], stage, out, sizes)
+        self._unfinished.append(transfer)
+        return transfer
+
+    def _finish_until(self, transfer: "_GlooTransfer", timeout_s: float | None) -> None:
+        """Exchanges in the order in which they started, which is the same on every member."""
+        while self._unfinished:
+            first = self._unfinished.pop(0)
+            self._guard(first.stage, timeout_s, lambda: first.move(timeout_s))  # noqa: B023
+            if first is transfer:
+                return
+
+    def all_to_all_bytes(
+        self,
         data: Tensor,
         out: Tensor,
         send_bytes: list[int],
         recv_bytes: list[int],
-        timeout_s: float | None = None,
+        timeout_s: float | None,
     ) -> None:
-        def call() -> None:
-            options = AllToAllOptions()
-            options.timeout = timedelta(seconds=timeout_s or self._timeout_s)
-            self._wait(self._pg.alltoall_base(out, data, recv_bytes, send_bytes, options))
+        options = AllToAllOptions()
+        options.timeout = timedelta(seconds=timeout_s or self._timeout_s)
+        self._wait(self._pg.alltoall_base(out, data, recv_bytes, send_bytes, options))
 
-        self._guard(operation, timeout_s, call)
-
-    def _broadcast(
-        self, operation: str, data: Tensor, source: int, timeout_s: float | None
-    ) -> None:
-        if data.shape[0] == 0:
-            return
-
-        def call() -> None:
-            options = BroadcastOptions()
-            options.rootRank = source
-            options.timeout = timedelta(seconds=timeout_s or self._timeout_s)
-            self._wait(self._pg.broadcast([data], options))
-
-        self._guard(operation, timeout_s, call)
+    def _broadcast(self, data: Tensor, source: int) -> None:
+        options = BroadcastOptions()
+        options.rootRank = source
+        options.timeout = timedelta(seconds=self._timeout_s)
+        self._wait(self._pg.broadcast([data], options))
 
     def _wait(self, work: Any) -> None:
         """In slices, so that an abort from another thread is seen; gloo keeps the deadline."""
@@ -198,24 +145,23 @@ class GlooGroup:
         if self._error is not None:
             raise CommError(self._error)
         self._calls += 1
-        deadline_s = timeout_s or self._timeout_s
         try:
             return call()
         except RuntimeError as error:
-            rank, text = self.ranks[self.idx], str(error)
+            text = str(error)
             if self._error is not None:
                 raise CommError(self._error) from error
             self._error = f"group {self.name!r}: unusable after an error in {operation}"
             if any(words in text.lower() for words in _TIMEOUT_WORDS):
-                raise CommTimeout(
+                raise self._diagnosis.timed_out(
                     group=self.name,
                     operation=operation,
-                    rank=rank,
                     silent=self._silent_peers(),
-                    deadline_s=deadline_s,
+                    deadline_s=timeout_s or self._timeout_s,
                 ) from error
-            raise CommError(
-                f"group {self.name!r}: rank {rank} lost a peer in {operation}: {text}"
+            others = [self.ranks[i] for i in self._others]  # gloo does not tell which
+            raise self._diagnosis.lost(
+                group=self.name, operation=operation, peers=others, reason=text
             ) from error
 
     def _silent_peers(self) -> list[int]:
@@ -231,7 +177,54 @@ class GlooGroup:
             return []
 
 
-def _sum(parts: Tensor) -> Tensor:
-    total = torch.empty_like(parts[0])
-    sum_in_order(total.view(-1), [part.view(-1) for part in parts])
-    return total
+class _GlooTransfer:
+    """Bytes to each member, sent and received when somebody waits for them."""
+
+    def __init__(
+        self,
+        group: GlooGroup,
+        sent: list[Tensor],
+        stage: str,
+        out: Tensor | None,
+        sizes: Sequence[int] | None,
+    ) -> None:
+        self._group, self.stage = group, stage
+        self._sent, self._out, self._sizes = sent, out, sizes
+        self._received: list[Tensor] | None = None
+        self.waits = [0.0] * group.size
+        self.finished = 0.0
+
+    def wait(self, timeout_s: float | None = None) -> list[Tensor]:
+        start = time.perf_counter()
+        if self._received is None:
+            self._group._finish_until(self, timeout_s)
+        assert self._received is not None
+        waited = max(0.0, self.finished - start)
+        self.waits = [0.0 if i == self._group.idx else waited for i in range(self._group.size)]
+        return self._received
+
+    def move(self, timeout_s: float | None) -> None:
+        group, idx = self._group, self._group.idx
+        mine = self._sent[idx]
+        send_bytes = [part.shape[0] for part in self._sent]
+        send_bytes[idx] = 0
+        sizes, out = self._sizes, self._out
+        if sizes is None:
+            counts, their_counts = torch.tensor(send_bytes), torch.empty(group.size).long()
+            ones = [1] * group.size
+            group.all_to_all_bytes(counts, their_counts, ones, ones, timeout_s)
+            sizes = [int(count) for count in their_counts]
+        recv_bytes = list(sizes)
+        recv_bytes[idx] = 0
+        received = torch.empty(sum(recv_bytes), dtype=torch.uint8)
+        others = [part for i, part in enumerate(self._sent) if i != idx]
+        group.all_to_all_bytes(torch.cat(others), received, send_bytes, recv_bytes, timeout_s)
+        parts = list(received.split(recv_bytes))
+        if out is not None:
+            for i, slot in enumerate(out.split(list(sizes))):
+                if i != idx:
+                    slot.copy_(parts[i])
+        parts[idx] = mine
+        self._sent = []
+        self._received = parts
+        self.finished = time.perf_counter()

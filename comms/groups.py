@@ -1,24 +1,35 @@
 """All groups of one rank, of one epoch, passed in by whoever builds them: never a global.
 
-A group inside one node runs over shared memory (or gloo, by choice); a group that crosses nodes
-runs over gloo. After a failure the survivors abort the epoch's groups and connect the next epoch's.
+A group inside one node runs over shared memory; a group that crosses nodes runs over TCP, by our own
+transport or by gloo. After a failure the survivors abort the epoch's groups and connect the next
+epoch's.
 """
 
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from comms.diagnosis import Diagnosis
 from comms.gloo import GlooGroup
 from comms.group import CommError, CommTimeout, Group
 from comms.shm import ShmGroup
 from comms.solo import SoloGroup
 from comms.store import PrefixStore, TCPStore
 from comms.topology import Topology
+from comms.where import Where
 
-__all__ = ["CommError", "CommTimeout", "Group", "NodeBackend", "ParallelGroups"]
+__all__ = [
+    "CommError",
+    "CommTimeout",
+    "Group",
+    "InterNodeBackend",
+    "NodeBackend",
+    "ParallelGroups",
+]
 
 NodeBackend = Literal["shm", "gloo"]
+InterNodeBackend = Literal["tcp", "gloo"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +37,8 @@ class ParallelGroups:
     """The groups this rank is in.
 
     world: all ranks. node: my node's ranks. rail: my local rank on every node. tp: my replica.
-    leaders: the leader of every replica; None on other ranks.
+    leaders: the leader of every replica; None on other ranks. where: the step and layer that this
+    rank is in, for the errors of all groups; whoever runs the model writes it.
     """
 
     topology: Topology
@@ -37,6 +49,7 @@ class ParallelGroups:
     rail: Group
     tp: Group
     leaders: Group | None
+    where: Where = field(default_factory=Where)
 
     @classmethod
     def connect(
@@ -47,17 +60,27 @@ class ParallelGroups:
         *,
         epoch: int = 0,
         node_backend: NodeBackend = "shm",
+        inter_node_backend: InterNodeBackend = "tcp",
         timeout_s: float = 60.0,
     ) -> "ParallelGroups":
         """Connect all groups; every rank of the topology calls this with the same arguments.
 
-        `timeout_s` is the deadline of each wait, now and in every later collective.
+        node_backend "gloo" means no shared memory: inside a node too, ranks use what
+        `inter_node_backend` says. `timeout_s` is the deadline of each wait, now and in every later
+        collective.
         Raises CommTimeout naming the ranks that did not come.
         """
         if node_backend not in ("shm", "gloo"):
             raise ValueError(f"node_backend must be 'shm' or 'gloo', got {node_backend!r}")
+        if inter_node_backend not in ("tcp", "gloo"):
+            raise ValueError(
+                f"inter_node_backend must be 'tcp' or 'gloo', got {inter_node_backend!r}"
+            )
         scoped = PrefixStore(f"epoch{epoch}", store)
         host = _address_towards(store.host)
+        where = Where()
+        diagnosis = Diagnosis(scoped, rank, where)
+        across = GlooGroup  # for "tcp" too, until there is one
 
         def group(name: str, ranks: Sequence[int]) -> Group:
             name = f"{name}@{epoch}"
@@ -66,12 +89,24 @@ class ParallelGroups:
             key = f"{name}/{ranks[0]}"
             one_node = len({topology.node_of(r) for r in ranks}) == 1
             if one_node and node_backend == "shm":
-                return ShmGroup(name=key, ranks=ranks, rank=rank, store=scoped, timeout_s=timeout_s)
-            return GlooGroup(
-                name=key, ranks=ranks, rank=rank, store=scoped, timeout_s=timeout_s, host=host
+                return ShmGroup(
+                    name=key,
+                    ranks=ranks,
+                    rank=rank,
+                    store=scoped,
+                    timeout_s=timeout_s,
+                )
+            return across(
+                name=key,
+                ranks=ranks,
+                rank=rank,
+                store=scoped,
+                diagnosis=diagnosis,
+                timeout_s=timeout_s,
+                host=host,
             )
 
-        return cls._build(topology, rank, epoch, group)
+        return cls._build(topology, rank, epoch, group, where)
 
     @classmethod
     def _build(
@@ -80,6 +115,7 @@ class ParallelGroups:
         rank: int,
         epoch: int,
         group: Callable[[str, Sequence[int]], Group],
+        where: Where,
     ) -> "ParallelGroups":
         leaders = topology.leader_ranks
         return cls(
@@ -91,6 +127,7 @@ class ParallelGroups:
             rail=group("rail", topology.rail_ranks(topology.local_rank_of(rank))),
             tp=group("tp", topology.tp_ranks(topology.replica_of(rank))),
             leaders=group("leaders", leaders) if rank in leaders else None,
+            where=where,
         )
 
     def abort(self) -> None:

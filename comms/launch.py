@@ -16,9 +16,9 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
-from comms.groups import CommError, NodeBackend
+from comms.groups import CommError, InterNodeBackend, NodeBackend
 from comms.rank_process import Failure, Task, serve_rank
 from comms.store import TCPStore, host_store
 from comms.topology import Topology
@@ -49,6 +49,15 @@ class _Rank:
     stacks: Connection
 
 
+class RunOptions(TypedDict, total=False):
+    """How a run is made: its deadline (60 s), that of each collective (30 s), and the backends."""
+
+    timeout_s: float
+    comm_timeout_s: float
+    node_backend: NodeBackend
+    inter_node_backend: InterNodeBackend
+
+
 class RankPool:
     """Rank processes, started on demand and reused. Use as a context manager or call close().
 
@@ -76,28 +85,15 @@ class RankPool:
         return [rank.process.pid or 0 for rank in self._ranks]
 
     def run(
-        self,
-        fn: Callable[..., Any],
-        topology: Topology,
-        *args: Any,
-        timeout_s: float = 60.0,
-        comm_timeout_s: float = 30.0,
-        node_backend: NodeBackend = "shm",
+        self, fn: Callable[..., Any], topology: Topology, *args: Any, **options: Unpack[RunOptions]
     ) -> list[Any]:
         """fn(groups, *args) on every rank of `topology`; results in rank order.
 
         `fn` must be importable (a module-level function); arguments and results are pickled.
         Raises RankError with the first rank that failed of its own accord, RankTimeout after
-        `timeout_s`. `comm_timeout_s` is the deadline of each collective.
+        `timeout_s`.
         """
-        outcomes = self.outcomes(
-            fn,
-            topology,
-            *args,
-            timeout_s=timeout_s,
-            comm_timeout_s=comm_timeout_s,
-            node_backend=node_backend,
-        )
+        outcomes = self.outcomes(fn, topology, *args, **options)
         failures = [(i, x) for i, x in enumerate(outcomes) if isinstance(x, BaseException)]
         if failures:
             rank, error = min(failures, key=lambda failure: _severity(failure[1]))
@@ -108,13 +104,7 @@ class RankPool:
         return outcomes
 
     def outcomes(
-        self,
-        fn: Callable[..., Any],
-        topology: Topology,
-        *args: Any,
-        timeout_s: float = 60.0,
-        comm_timeout_s: float = 30.0,
-        node_backend: NodeBackend = "shm",
+        self, fn: Callable[..., Any], topology: Topology, *args: Any, **options: Unpack[RunOptions]
     ) -> list[Any]:
         """Like run, but a rank's exception takes the place of its result."""
         self._grow(topology.world_size)
@@ -126,11 +116,12 @@ class RankPool:
                 topology=topology,
                 rank=rank,
                 epoch=self._epoch,
-                node_backend=node_backend,
-                timeout_s=comm_timeout_s,
+                node_backend=options.get("node_backend", "shm"),
+                inter_node_backend=options.get("inter_node_backend", "tcp"),
+                timeout_s=options.get("comm_timeout_s", 30.0),
             )
             self._ranks[rank].tasks.send_bytes(pickle.dumps(task))
-        return self._collect(topology.world_size, timeout_s)
+        return self._collect(topology.world_size, options.get("timeout_s", 60.0))
 
     def close(self) -> None:
         for rank in self._ranks:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from comms.group import CommError
-from comms.groups import NodeBackend, ParallelGroups
+from comms.groups import InterNodeBackend, NodeBackend, ParallelGroups
 from comms.store import TCPStore, connect_store
 from comms.topology import Topology
 
@@ -34,6 +34,7 @@ class Task:
     rank: int
     epoch: int
     node_backend: NodeBackend
+    inter_node_backend: InterNodeBackend
     timeout_s: float
 
 
@@ -87,6 +88,7 @@ def _run(task: Task, store: TCPStore) -> Any:
             store,
             epoch=task.epoch,
             node_backend=task.node_backend,
+            inter_node_backend=task.inter_node_backend,
             timeout_s=task.timeout_s,
         )
         result = task.fn(groups, *task.args)

@@ -13,6 +13,14 @@ def as_bytes(x: Tensor) -> Tensor:
     return x.contiguous().reshape(-1).view(torch.uint8)
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Flat uint8 parts in one piece; the part itself where there is only one with bytes."""
+    filled = [part for part in parts if part.shape[0]]
+    if len(filled) > 1:
+        return torch.cat(filled)
+    return filled[0] if filled else torch.empty(0, dtype=torch.uint8)
+
+
 def row_bytes(x: Tensor) -> int:
     """Bytes of one row of x, also when x has no rows."""
     num_bytes = x.element_size()
@@ -47,6 +55,15 @@ def check_sizes(x: Tensor, sizes: Sequence[int], group_size: int, mine: int | No
 def check_counts(sizes: Sequence[int], group_size: int) -> None:
     if len(sizes) != group_size or min(sizes) < 0:
         raise ValueError(f"expected {group_size} sizes >= 0, got {list(sizes)}")
+
+
+def check_parts(parts: Sequence[Tensor | None], group_size: int) -> None:
+    """ValueError unless there is one part per member, each flat uint8 (or None: no message)."""
+    if len(parts) != group_size:
+        raise ValueError(f"expected {group_size} parts, one per member, got {len(parts)}")
+    for part in parts:
+        if part is not None and (part.dtype != torch.uint8 or part.dim() != 1):
+            raise ValueError(f"expected flat uint8 parts, got {part.dtype} {list(part.shape)}")
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

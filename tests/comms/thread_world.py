@@ -4,7 +4,7 @@ It lets hypothesis try hundreds of topologies a second on the real dispatchers, 
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from comms.groups import ParallelGroups
+from comms.solo import FinishedExchange
 from comms.topology import Topology
+from comms.where import Where
 
 
 class Board:
@@ -51,6 +53,17 @@ class ThreadGroup:
         assert [len(part) for part in parts] == list(recv_sizes)
         return torch.cat(parts)
 
+    def exchange(self, parts: Sequence[Tensor], stage: str) -> list[Tensor]:
+        return self.start_exchange([parts], stage).wait()
+
+    def start_exchange(self, chunks: Iterable[Sequence[Tensor]], stage: str) -> FinishedExchange:
+        """Not one byte is late here: all members meet, and the exchange is over."""
+        mine = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+        assert all(part.dtype == torch.uint8 and part.dim() == 1 for part in mine)
+        everybody = self._share((stage, mine))
+        assert [name for name, _ in everybody] == [stage] * self.size
+        return FinishedExchange([parts[self.idx] for _, parts in everybody])
+
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         return self._share(x)[source]
 
@@ -77,7 +90,7 @@ def run_threads(fn: Callable[..., Any], topology: Topology, per_rank: Sequence[A
             board = boards.setdefault(key, Board(len(key[1])))
             return ThreadGroup(name, key[1], rank, board)
 
-        return ParallelGroups._build(topology, rank, 0, group)
+        return ParallelGroups._build(topology, rank, 0, group, Where())
 
     all_groups = [groups_of(rank) for rank in range(topology.world_size)]
 
