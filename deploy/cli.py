@@ -14,6 +14,10 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure, side by side in one run.")
 app.add_typer(bench, name="bench")
+testbed = typer.Typer(
+    no_args_is_help=True, help="Hosts with limited links on this machine; needs root and iproute2."
+)
+app.add_typer(testbed, name="testbed")
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
@@ -22,6 +26,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Options that override the configuration."),
 ]
+
+
+TestbedName = Annotated[str, typer.Option("--name", help="Which testbed, if you have several.")]
 
 
 @app.command()
@@ -117,6 +124,48 @@ def bench_step(
     from deploy.bench import step_command
 
     raise typer.Exit(step_command(config, overrides or [], sequences, steps, json_file))
+
+
+@testbed.command("up")
+def up_testbed(
+    hosts: Annotated[int, typer.Option(help="How many hosts.")] = 2,
+    rate: Annotated[
+        str, typer.Option(help='Of each link, each way: "200mbit", "10gbit" ..., or "none".')
+    ] = "200mbit",
+    name: TestbedName = "by-hand",
+) -> None:
+    """Make hosts as network namespaces, joined by links of this rate, until `testbed down`."""
+    from deploy.testbed import up_command
+
+    raise typer.Exit(up_command(hosts, rate, name))
+
+
+@testbed.command("exec")
+def exec_in_testbed(
+    host: Annotated[int, typer.Argument(help="Which host, from 0.")],
+    command: Annotated[list[str], typer.Argument(help="What to run there, after `--`.")],
+    name: TestbedName = "by-hand",
+) -> None:
+    """Run a command in a host, e.g. `expertmesh testbed exec 0 -- ip addr`."""
+    from deploy.testbed import exec_command
+
+    raise typer.Exit(exec_command(host, command, name))
+
+
+@testbed.command("status")
+def show_testbeds() -> None:
+    """Show every testbed of this machine: hosts, addresses, bytes, processes."""
+    from deploy.testbed import status_command
+
+    raise typer.Exit(status_command())
+
+
+@testbed.command("down")
+def down_testbed(name: TestbedName = "by-hand") -> None:
+    """Remove a testbed and everything inside, and what crashed runs left."""
+    from deploy.testbed import down_command
+
+    raise typer.Exit(down_command(name))
 
 
 def main() -> None:

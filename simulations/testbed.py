@@ -12,11 +12,12 @@ use the same addresses. The switch's address is for what no host should own, suc
 store: cutting a host off leaves it to the others.
 
 A testbed goes when its owner closes it. If the owner is killed, a small watchdog process removes it;
-if that is killed too, the next testbed does, or `expertmesh testbed down`. One made by hand
-(`owner="..."`) stays until it is removed by name.
+if that is killed too, the next testbed does, or `expertmesh testbed down`. One with a name, made by
+hand, has no owner and stays until it is removed by name.
 """
 
 import itertools
+import json
 import os
 import re
 import select
@@ -24,6 +25,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -34,6 +36,7 @@ from simulations.netns import Counters
 T = TypeVar("T")
 
 INTERFACE = "e0"
+BY_HAND = "by-hand"  # what a testbed is named that somebody makes on the command line
 MAX_HOSTS = 200
 _PREFIX = "expertmesh"
 _SWITCH_ADDRESS = "10.77.0.254"
@@ -54,6 +57,17 @@ class TestbedError(RuntimeError):
     __test__ = False  # pytest would take the name for a test
 
 
+@dataclass(frozen=True, kw_only=True)
+class HostState:
+    """A host of a testbed that is up, seen from outside. bits_per_s: None without a limit."""
+
+    host: int
+    address: str
+    bits_per_s: float | None
+    counters: Counters
+    num_processes: int
+
+
 class Testbed:
     """Hosts with limited links. Use as a context manager, or call up() and down().
 
@@ -70,7 +84,7 @@ class Testbed:
         self.hosts = hosts
         self.rate = rate
         self._bits_per_s = None if rate is None else parse_rate(rate)
-        self._watched = not name
+        self._by_hand = bool(name)
         self.name = _checked_name(name) if name else f"{_process_id(os.getpid())}-{next(_serial)}"
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._started: list[subprocess.Popen[Any]] = []
@@ -93,7 +107,7 @@ class Testbed:
         """The name of a host's namespace, for `ip netns` and for entering it."""
         if not 0 <= host < self.hosts:
             raise ValueError(f"host must be in [0, {self.hosts}), got {host}")
-        return _namespace(self.name, f"host{host}")
+        return host_namespace(self.name, host)
 
     def address(self, host: int) -> str:
         self.namespace(host)
@@ -110,7 +124,7 @@ class Testbed:
                 f"`expertmesh testbed down --name {self.name}` removes it"
             )
         try:
-            if self._watched:
+            if not self._by_hand:
                 self._watchdog = _start_watchdog(self.name)
             self._make_switch()
             for host in range(self.hosts):
@@ -240,6 +254,21 @@ def existing() -> dict[str, list[str]]:
     }
 
 
+def hosts_of(name: str) -> list[HostState]:
+    """What the kernel knows of each host of a testbed, in host order."""
+    members = [member for member in _namespaces(name) if not member.endswith(".switch")]
+    return [
+        HostState(
+            host=host,
+            address=_address(host),
+            bits_per_s=_limit_of(member),
+            counters=netns.call(member, lambda: netns.counters(INTERFACE)),
+            num_processes=len(netns.pids([member])),
+        )
+        for host, member in enumerate(members)
+    ]
+
+
 def remove(name: str) -> bool:
     """Remove a testbed by name with all that runs inside; False when there is none."""
     members = _namespaces(name)
@@ -255,6 +284,10 @@ def remove_stale() -> list[str]:
     return stale
 
 
+def host_namespace(name: str, host: int) -> str:
+    return _namespace(name, f"host{host}")
+
+
 def command_in(namespace: str, arguments: Sequence[str]) -> list[str]:
     if not arguments:
         raise ValueError("there is no command to run")
@@ -263,6 +296,14 @@ def command_in(namespace: str, arguments: Sequence[str]) -> list[str]:
 
 def _namespace(name: str, member: str) -> str:
     return f"{_PREFIX}.{name}.{member}"
+
+
+def _limit_of(namespace: str) -> float | None:
+    """Bits per second that a host may send."""
+    for queue in json.loads(netns.tc("-j", "qdisc", "show", "dev", INTERFACE, inside=namespace)):
+        if queue["kind"] == "tbf":
+            return 8.0 * float(queue["options"]["rate"])
+    return None
 
 
 def _namespaces(name: str) -> list[str]:
