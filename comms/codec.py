@@ -1,109 +1,119 @@
-"""How a token looks on the wire: one uint8 row of payload, scales, slots and weights.
+"""How a token looks on the wire: one uint8 row of payload, slots, weights, and sometimes a range.
 
-Legend: R rows, H hidden, K top-k, B blocks of 128 channels (the last may be short).
+Legend: R rows, H hidden, K top-k.
 
-FP8 is e4m3 with one fp32 scale per token and block: scale = max(amax, 1e-4) / 448 and
-q = e4m3(x / scale), the cast of DeepSeek-V3 (arXiv:2412.19437, section 3.3). A row is quantised once,
-where the token lives; whoever forwards it forwards these bytes.
+A row is encoded once, where the token lives; whoever forwards it forwards these bytes. How the
+channels become bytes is in `comms/codecs.py`.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from comms.codecs import CODECS, Codec, aligned, elements
 from comms.sizes import as_bytes
-
-BLOCK = 128  # channels that share a scale
-FP8_MAX = 448.0
-MIN_AMAX = 1e-4
-
-
-def quantize(x_RH: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns q_RH (float8_e4m3fn) and scales_RB (fp32)."""
-    rows, hidden = x_RH.shape
-    blocks = num_blocks(hidden)
-    x_RBC = pad(x_RH.float(), (0, blocks * BLOCK - hidden)).view(rows, blocks, BLOCK)
-    scales_RB = x_RBC.abs().amax(dim=2).clamp(min=MIN_AMAX) / FP8_MAX
-    scaled_RBC = (x_RBC / scales_RB[:, :, None]).clamp(-FP8_MAX, FP8_MAX)  # NaN stays NaN
-    q_RH = scaled_RBC.flatten(1)[:, :hidden].to(torch.float8_e4m3fn)
-    return q_RH, scales_RB
-
-
-def dequantize(q_RH: Tensor, scales_RB: Tensor, dtype: torch.dtype) -> Tensor:
-    hidden = q_RH.shape[1]
-    scales_RH = scales_RB.repeat_interleave(BLOCK, dim=1)[:, :hidden]
-    return (q_RH.float() * scales_RH).to(dtype)
-
-
-def num_blocks(hidden: int) -> int:
-    return -(-hidden // BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WireFormat:
-    """Layout of a row, the same on every rank. Fields are contiguous, in order of declaration.
+    """Layout of a row, the same on every rank. `codec` is a name in CODECS.
 
-    Payload (H elements of `dtype`, or H float8 padded to 4 bytes, then B scales), then K slots
-    (int32) and K weights (fp32).
+    Payload (of the codec, a multiple of 4 bytes), then K slots (int16 where all of `num_slots` fit,
+    else int32; padded to 4 bytes; -1 = none), then K weights (fp32), then with `with_range` the
+    token's range (fp32). Raises ValueError for a codec that does not exist.
     """
 
     hidden: int
     num_topk: int
     dtype: torch.dtype
-    float8: bool
+    codec: str = "bfloat16"
+    num_slots: int = 2**31
+    with_range: bool = False
+    float8: bool = False  # transitional, as are the defaults above
 
-    @property
-    def payload_bytes(self) -> int:
-        if not self.float8:
-            return -(-self.hidden * self.dtype.itemsize // 4) * 4
-        return -(-self.hidden // 4) * 4 + 4 * num_blocks(self.hidden)
-
-    @property
-    def row_bytes(self) -> int:
-        return self.payload_bytes + 8 * self.num_topk
-
-    def pack(self, x_RH: Tensor, slots_RK: Tensor, weights_RK: Tensor) -> Tensor:
-        """Rows [R, row_bytes] uint8."""
-        rows = torch.zeros((x_RH.shape[0], self.row_bytes), dtype=torch.uint8)
+    def __post_init__(self) -> None:
         if self.float8:
-            q_RH, scales_RB = quantize(x_RH)
-            rows[:, : self.hidden] = q_RH.view(torch.uint8)
-            first = self.payload_bytes - 4 * scales_RB.shape[1]
-            rows[:, first : self.payload_bytes] = _bytes_of(scales_RB)
-        else:
-            rows[:, : self.hidden * self.dtype.itemsize] = _bytes_of(x_RH)
-        middle = self.payload_bytes + 4 * self.num_topk
-        rows[:, self.payload_bytes : middle] = _bytes_of(slots_RK.to(torch.int32))
-        rows[:, middle:] = _bytes_of(weights_RK.float())
+            object.__setattr__(self, "codec", "float8")
+        if self.codec not in CODECS:
+            raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
+
+    @property
+    def slot_dtype(self) -> torch.dtype:
+        return torch.int16 if self.num_slots <= 2**15 else torch.int32
+
+    @cached_property
+    def payload_bytes(self) -> int:
+        return self._codec.row_bytes(self.hidden, self.dtype)
+
+    @cached_property
+    def row_bytes(self) -> int:
+        return self._range_start + 4 * self.with_range
+
+    def pack(
+        self, x_RH: Tensor, slots_RK: Tensor, weights_RK: Tensor, range_R: Tensor | None = None
+    ) -> Tensor:
+        """Rows [R, row_bytes] uint8. `range_R` exactly where the format has one."""
+        if (range_R is not None) != self.with_range:
+            raise ValueError(f"with_range is {self.with_range}, range_R {range_R}")
+        rows = torch.empty((x_RH.shape[0], self.row_bytes), dtype=torch.uint8)
+        rows[:, : self.payload_bytes] = self._codec.encode(x_RH)
+        slots = _bytes_of(slots_RK.to(self.slot_dtype))
+        slots_end = self.payload_bytes + slots.shape[1]
+        rows[:, self.payload_bytes : slots_end] = slots
+        rows[:, slots_end : self._weights_start] = 0
+        rows[:, self._weights_start : self._range_start] = _bytes_of(weights_RK.float())
+        if range_R is not None:
+            rows[:, self._range_start :] = _bytes_of(range_R.float()[:, None])
         return rows
 
     def unpack_x(self, rows: Tensor) -> Tensor:
         """x_RH in the model's dtype."""
-        if not self.float8:
-            return _elements(rows[:, : self.hidden * self.dtype.itemsize], self.dtype)
-        first = self.payload_bytes - 4 * num_blocks(self.hidden)
-        q_RH = _elements(rows[:, : self.hidden], torch.float8_e4m3fn)
-        scales_RB = _elements(rows[:, first : self.payload_bytes], torch.float32)
-        return dequantize(q_RH, scales_RB, self.dtype)
+        return self._codec.decode(rows[:, : self.payload_bytes], self.hidden, self.dtype)
 
     def unpack_slots(self, rows: Tensor) -> Tensor:
         """slots_RK, int64."""
-        middle = self.payload_bytes + 4 * self.num_topk
-        return _elements(rows[:, self.payload_bytes : middle], torch.int32).long()
+        end = self.payload_bytes + self.num_topk * self.slot_dtype.itemsize
+        return elements(rows[:, self.payload_bytes : end], self.slot_dtype).long()
 
     def unpack_weights(self, rows: Tensor) -> Tensor:
         """weights_RK, fp32."""
-        return _elements(rows[:, self.payload_bytes + 4 * self.num_topk :], torch.float32)
+        return elements(rows[:, self._weights_start : self._range_start], torch.float32)
+
+    def unpack_range(self, rows: Tensor) -> Tensor:
+        """range_R, fp32."""
+        if not self.with_range:
+            raise ValueError("this wire format carries no range")
+        return elements(rows[:, self._range_start :], torch.float32)[:, 0]
+
+    @property
+    def _codec(self) -> Codec:
+        return CODECS[self.codec]
+
+    @cached_property
+    def _weights_start(self) -> int:
+        return self.payload_bytes + aligned(self.num_topk * self.slot_dtype.itemsize, 4)
+
+    @cached_property
+    def _range_start(self) -> int:
+        return self._weights_start + 4 * self.num_topk
 
 
 def _bytes_of(x_RC: Tensor) -> Tensor:
     return as_bytes(x_RC).view(x_RC.shape[0], x_RC.shape[1] * x_RC.element_size())
 
 
-def _elements(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    flat = rows.contiguous().reshape(-1)
-    if flat.data_ptr() % dtype.itemsize:
-        flat = flat.clone()  # a single row stays a view into the packed row
-    return flat.view(dtype).view(rows.shape[0], rows.shape[1] // dtype.itemsize)
+def quantize(x_RH: Tensor) -> tuple[Tensor, Tensor]:
+    """Transitional: q_RH (float8_e4m3fn) and scales_RB (fp32) of codec "float8"."""
+    hidden = x_RH.shape[1]
+    rows, first = CODECS["float8"].encode(x_RH), aligned(hidden, 4)
+    return rows[:, :hidden].view(torch.float8_e4m3fn), elements(rows[:, first:], torch.float32)
+
+
+def dequantize(q_RH: Tensor, scales_RB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Transitional: the inverse of `quantize`."""
+    num_rows, hidden = q_RH.shape
+    padding = torch.zeros((num_rows, aligned(hidden, 4) - hidden), dtype=torch.uint8)
+    rows = torch.cat([q_RH.view(torch.uint8), padding, _bytes_of(scales_RB)], dim=1)
+    return CODECS["float8"].decode(rows, hidden, dtype)
