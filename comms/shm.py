@@ -5,27 +5,29 @@ theirs, read the parts that are mine. Bytes beyond a segment's capacity go in fu
 `segments.py` for why one wait per round is enough. A call costs tens of microseconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from comms.diagnosis import Diagnosis
 from comms.segments import Segments
+from comms.shm_exchange import ShmExchange
 from comms.sizes import (
     as_bytes,
     check_counts,
+    check_parts,
     check_sizes,
     empty_rows,
     even_sizes,
+    joined,
     offsets_of,
     row_bytes,
     sum_in_order,
 )
 from comms.store import Store
+from comms.where import Where
 
-_OPERATIONS = ("?", "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast",
-               "broadcast_bytes", "barrier")  # fmt: skip
-_OP = {name: op for op, name in enumerate(_OPERATIONS)}
 _ONE_SHOT_BYTES = 32 * 1024  # beyond this an all-reduce is a reduce-scatter and an all-gather
 
 
@@ -39,22 +41,28 @@ class ShmGroup:
         ranks: Sequence[int],
         rank: int,
         store: Store,
+        diagnosis: Diagnosis | None = None,
         timeout_s: float = 60.0,
         capacity: int = 1 << 20,
     ) -> None:
-        if capacity < 64 or capacity % 64:
-            raise ValueError(f"capacity must be a positive multiple of 64 bytes, got {capacity}")
+        if capacity <= len(ranks) or capacity % 64:
+            raise ValueError(
+                "capacity must be more than a byte per rank and a multiple of 64 bytes, "
+                f"got {capacity}"
+            )
         self.name = name
         self.ranks = tuple(ranks)
         self.size = len(self.ranks)
         self.idx = self.ranks.index(rank)
         self._capacity = capacity
+        self._pending: ShmExchange | None = None
         self._typed: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._segments = Segments(
             name=name,
             ranks=self.ranks,
             idx=self.idx,
             store=store,
+            diagnosis=diagnosis or Diagnosis(store, rank, Where()),
             timeout_s=timeout_s,
             capacity=capacity,
         )
@@ -82,30 +90,38 @@ class ShmGroup:
     def all_to_all(self, x: Tensor, send_sizes: Sequence[int], recv_sizes: Sequence[int]) -> Tensor:
         check_sizes(x, send_sizes, self.size)
         check_counts(recv_sizes, self.size)
-        segments, capacity, mine = self._segments, self._capacity, as_bytes(x)
-        sent = offsets_of(send_sizes, row_bytes(x))
-        received = offsets_of(recv_sizes, row_bytes(x))
+        if send_sizes[self.idx] != recv_sizes[self.idx]:
+            raise ValueError(
+                f"expected {send_sizes[self.idx]} rows from myself, got {recv_sizes[self.idx]}"
+            )
+        unit = row_bytes(x)
+        sent = as_bytes(x).split([n * unit for n in send_sizes])
         out = empty_rows(x, sum(recv_sizes))
-        out_bytes = as_bytes(out)
-        lo, end = 0, 1
-        while lo < end:
-            self._expose("all_to_all", mine, lo, sent)
-            self._wait_all("all_to_all")
-            for j in range(self.size):
-                end = max(end, segments.header(j)[1])
-                start, stop = segments.offset(j, self.idx), segments.offset(j, self.idx + 1)
-                if stop - start != received[j + 1] - received[j]:
-                    raise segments.fail(
-                        f"group {self.name!r}: rank {self.ranks[j]} sends {stop - start} bytes in "
-                        f"all_to_all but rank {self.ranks[self.idx]} expects "
-                        f"{received[j + 1] - received[j]}"
-                    )
-                first, last = max(start, lo), min(stop, lo + capacity)
-                if first < last:
-                    to = received[j] - start
-                    out_bytes[to + first : to + last] = self._window(j, lo, first, last)
-            lo += capacity
+        received = as_bytes(out).split([n * unit for n in recv_sizes])
+        received[self.idx].copy_(sent[self.idx])
+        self._begin("all_to_all")
+        ShmExchange(self._segments, sent, "all_to_all", into=received).finish()
         return out
+
+    def exchange(self, parts: Sequence[Tensor], stage: str) -> list[Tensor]:
+        check_parts(parts, self.size)
+        self._begin(stage)
+        return ShmExchange(self._segments, parts, stage).wait()
+
+    def start_exchange(self, chunks: Iterable[Sequence[Tensor]], stage: str) -> ShmExchange:
+        """Copying into shared memory is the whole journey: chunks wait for the last one.
+
+        What does not fit into a segment at once goes on only while members wait: then ranks must
+        wait in the same order as they started.
+        """
+        parts: list[list[Tensor]] = [[] for _ in self.ranks]
+        for chunk in chunks:
+            check_parts(chunk, self.size)
+            for pieces, part in zip(parts, chunk, strict=True):
+                pieces.append(part)
+        self._begin(stage)
+        self._pending = ShmExchange(self._segments, [joined(pieces) for pieces in parts], stage)
+        return self._pending
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         if source == self.idx:
@@ -132,11 +148,11 @@ class ShmGroup:
             return data
         segments, parts, lo, end = self._segments, [], 0, 1
         while lo < end:
-            half = segments.begin("broadcast_bytes", timeout_s)
-            segments.set_header(half, _OP["broadcast_bytes"], 0)
+            half = self._begin("broadcast_bytes", timeout_s)
+            segments.set_header(half, "broadcast_bytes", 0)
             segments.post()
             segments.wait((source,), "broadcast_bytes", timeout_s)
-            end = self._checked_header(source, "broadcast_bytes")
+            end = self._segments.checked_total(source, "broadcast_bytes")
             start = segments.data_range(half)
             parts.append(
                 segments.maps[source][start : start + max(0, min(end - lo, self._capacity))]
@@ -146,7 +162,7 @@ class ShmGroup:
 
     def barrier(self, timeout_s: float | None = None) -> None:
         segments = self._segments
-        segments.set_header(segments.begin("barrier", timeout_s), _OP["barrier"], 0)
+        segments.set_header(self._begin("barrier", timeout_s), "barrier", 0)
         segments.post()
         self._wait_all("barrier", timeout_s)
 
@@ -159,15 +175,22 @@ class ShmGroup:
 
     # -- the one move ------------------------------------------------------------------------
 
-    def _expose(self, operation: str, data: Tensor, lo: int, offsets: Sequence[int] = ()) -> None:
+    def _begin(self, operation: str, timeout_s: float | None = None) -> int:
+        """The half to write for the next round; an exchange under way is finished first."""
+        if self._pending is not None:
+            self._pending.finish()
+            self._pending = None
+        return self._segments.begin(operation, timeout_s)
+
+    def _expose(self, operation: str, data: Tensor, lo: int) -> None:
         """Post the window of `data` that starts at byte lo."""
         segments = self._segments
-        half = segments.begin(operation)
+        half = self._begin(operation)
         num_bytes = min(data.shape[0] - lo, self._capacity)
         if num_bytes > 0:
             start = segments.data_range(half)
             segments.memory[self.idx][start : start + num_bytes] = data[lo : lo + num_bytes]
-        segments.set_header(half, _OP[operation], data.shape[0], offsets)
+        segments.set_header(half, operation, data.shape[0])
         segments.post()
 
     def _window(self, peer: int, lo: int, first: int, last: int) -> Tensor:
@@ -178,37 +201,28 @@ class ShmGroup:
     def _wait_all(self, operation: str, timeout_s: float | None = None) -> None:
         self._segments.wait(self._segments.peers, operation, timeout_s)
         for peer in self._segments.peers:
-            self._checked_header(peer, operation)
+            self._segments.checked_total(peer, operation)
 
     def _wait_for(self, peer: int, operation: str, num_bytes: int) -> None:
         self._segments.wait((peer,), operation)
         self._check_total(peer, operation, num_bytes)
 
     def _check_total(self, peer: int, operation: str, num_bytes: int) -> None:
-        total = self._checked_header(peer, operation)
+        total = self._segments.checked_total(peer, operation)
         if total != num_bytes:
             raise self._segments.fail(
-                f"group {self.name!r}: rank {self.ranks[peer]} brings {total} bytes to {operation} "
+                f"rank {self.ranks[peer]} brings {total} bytes to {operation} "
                 f"but rank {self.ranks[self.idx]} expects {num_bytes}"
             )
-
-    def _checked_header(self, peer: int, operation: str) -> int:
-        op, total = self._segments.header(peer)
-        if op != _OP[operation]:
-            raise self._segments.fail(
-                f"group {self.name!r}: rank {self.ranks[peer]} called {_OPERATIONS[op]} while "
-                f"rank {self.ranks[self.idx]} called {operation}"
-            )
-        return total
 
     def _send_bytes(self, data: bytes, timeout_s: float | None) -> None:
         segments = self._segments
         for lo in range(0, max(1, len(data)), self._capacity):
-            half = segments.begin("broadcast_bytes", timeout_s)
+            half = self._begin("broadcast_bytes", timeout_s)
             part = data[lo : lo + self._capacity]
             start = segments.data_range(half)
             segments.maps[self.idx][start : start + len(part)] = part
-            segments.set_header(half, _OP["broadcast_bytes"], len(data))
+            segments.set_header(half, "broadcast_bytes", len(data))
             segments.post()
 
     # -- gathers and sums --------------------------------------------------------------------
