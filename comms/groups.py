@@ -16,6 +16,7 @@ from comms.group import CommError, CommTimeout, Group
 from comms.shm import ShmGroup
 from comms.solo import SoloGroup
 from comms.store import PrefixStore, TCPStore
+from comms.tcp import TcpGroup
 from comms.topology import Topology
 from comms.where import Where
 
@@ -80,7 +81,9 @@ class ParallelGroups:
         host = _address_towards(store.host)
         where = Where()
         diagnosis = Diagnosis(scoped, rank, where)
-        across = GlooGroup  # for "tcp" too, until there is one
+        across: type[TcpGroup] | type[GlooGroup] = (
+            TcpGroup if inter_node_backend == "tcp" else GlooGroup
+        )
 
         def group(name: str, ranks: Sequence[int]) -> Group:
             name = f"{name}@{epoch}"

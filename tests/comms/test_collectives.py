@@ -1,4 +1,4 @@
-"""Collectives of both backends against torch sums and concatenations of plain tensors."""
+"""Collectives of all transports against torch sums and concatenations of plain tensors."""
 
 import os
 import random
@@ -24,6 +24,11 @@ DTYPES = (
 )
 SIZES = ([2, 0, 3, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 900, 0], [700, 3, 0, 500])
 SUMMED = (torch.float32, torch.bfloat16, torch.int64, torch.float64)
+TRANSPORTS = {
+    "shm": {"node_backend": "shm"},
+    "tcp": {"node_backend": "gloo", "inter_node_backend": "tcp"},
+    "gloo": {"node_backend": "gloo", "inter_node_backend": "gloo"},
+}
 
 
 def rows_of(rank: int, num_rows: int, dtype: torch.dtype, tail: tuple[int, ...] = (7,)) -> Tensor:
@@ -100,11 +105,13 @@ def check_all_groups(groups: ParallelGroups) -> dict[str, tuple[int, ...]]:
     return {name: group.ranks for name, group in named.items() if group is not None}
 
 
-@pytest.mark.parametrize("backend", ["shm", "gloo"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize(("nodes", "ranks", "tp"), [(1, 4, 2), (2, 2, 1), (1, 1, 1), (3, 1, 1)])
-def test_collectives_equal_plain_torch(rank_pool, backend, nodes, ranks, tp) -> None:
+def test_collectives_equal_plain_torch(rank_pool, transport, nodes, ranks, tp) -> None:
     topology = Topology(num_nodes=nodes, ranks_per_node=ranks, tensor_parallel_size=tp)
-    for rank, members in enumerate(rank_pool.run(check_all_groups, topology, node_backend=backend)):
+    for rank, members in enumerate(
+        rank_pool.run(check_all_groups, topology, **TRANSPORTS[transport])
+    ):
         node, local = divmod(rank, ranks)
         assert members["world"] == tuple(range(nodes * ranks))
         assert members["node"] == tuple(range(node * ranks, (node + 1) * ranks))
@@ -132,7 +139,7 @@ def test_data_beyond_the_segments_goes_in_rounds(rank_pool) -> None:
 
 
 def check_large(groups: ParallelGroups) -> None:
-    """Beyond the one-shot size and one segment, and the same bits from both backends."""
+    """Beyond the one-shot size and one segment, and the same bits from all transports."""
     for numel in (20_001, 900_000):
         x = rows_of(groups.rank, numel, torch.bfloat16, ())
         parts = [rows_of(i, numel, torch.bfloat16, ()) for i in range(groups.world.size)]
@@ -145,10 +152,10 @@ def check_large(groups: ParallelGroups) -> None:
         assert got == data
 
 
-@pytest.mark.parametrize("backend", ["shm", "gloo"])
-def test_large_sums_have_the_same_bits_on_both_backends(rank_pool, backend) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_large_sums_have_the_same_bits_on_all_transports(rank_pool, transport) -> None:
     topology = Topology(num_nodes=1, ranks_per_node=3)
-    rank_pool.run(check_large, topology, node_backend=backend)
+    rank_pool.run(check_large, topology, **TRANSPORTS[transport])
 
 
 def wrong_sizes(groups: ParallelGroups) -> None:
@@ -165,9 +172,9 @@ def wrong_sizes(groups: ParallelGroups) -> None:
     groups.world.barrier()  # refused before anything was sent: the group still works
 
 
-@pytest.mark.parametrize("backend", ["shm", "gloo"])
-def test_impossible_sizes_are_refused_and_harm_nothing(rank_pool, backend) -> None:
-    rank_pool.run(wrong_sizes, Topology(num_nodes=1, ranks_per_node=2), node_backend=backend)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_impossible_sizes_are_refused_and_harm_nothing(rank_pool, transport) -> None:
+    rank_pool.run(wrong_sizes, Topology(num_nodes=1, ranks_per_node=2), **TRANSPORTS[transport])
 
 
 def disagree(groups: ParallelGroups) -> None:
@@ -177,8 +184,10 @@ def disagree(groups: ParallelGroups) -> None:
         groups.world.all_gather(torch.zeros(4), [4, 4])
 
 
-def test_disagreeing_calls_are_named(rank_pool) -> None:
-    outcomes = rank_pool.outcomes(disagree, Topology(num_nodes=1, ranks_per_node=2))
+@pytest.mark.parametrize("transport", ["shm", "tcp"])  # gloo cannot tell
+def test_disagreeing_calls_are_named(rank_pool, transport) -> None:
+    topology = Topology(num_nodes=1, ranks_per_node=2)
+    outcomes = rank_pool.outcomes(disagree, topology, **TRANSPORTS[transport])
     assert all(isinstance(error, CommError) for error in outcomes)
     text = " ".join(str(error) for error in outcomes)
     assert "called all_gather while rank 0 called all_reduce" in text or (
