@@ -92,9 +92,10 @@ class Segments:
         words = self.words[self.idx]
         words[word], words[word + 1] = crc, total
         word += 2
-        for i, number in enumerate(numbers):
-            words[word + i] = number
-        start = (word + self._numbers) * 8
+        for number in numbers:
+            words[word] = number
+            word += 1
+        start = (_HALVES + half * self._half_words + 2 + self._numbers) * 8
         self.maps[self.idx][start : start + _NAME_BYTES] = name
 
     def checked_total(self, peer: int, operation: str) -> int:
@@ -112,8 +113,10 @@ class Segments:
             )
         return words[word + 1]
 
-    def number(self, peer: int, i: int) -> int:
-        return self.words[peer][_HALVES + self.half * self._half_words + 2 + i]
+    def numbers(self, peer: int, first: int, last: int) -> list[int]:
+        """Of `peer`'s numbers of the current round, those at positions [first, last)."""
+        word = _HALVES + (self._seq & 1) * self._half_words + 2
+        return self.words[peer][word + first : word + last].tolist()
 
     def post(self) -> None:
         self._fence()

@@ -30,9 +30,10 @@ class ShmExchange:
         into: Sequence[Tensor] | None = None,
     ) -> None:
         self._segments, self._stage, self._into = segments, stage, into
-        self._parts = list(parts)
+        self._parts = parts
         self._received: list[Tensor] = list(into if into is not None else parts)
-        self._lengths = [0 if j == segments.idx else p.shape[0] for j, p in enumerate(parts)]
+        self._lengths = [part.numel() for part in parts]
+        self._lengths[segments.idx] = 0
         total, capacity = sum(self._lengths), segments.capacity
         # A piece is up to a byte longer than its share: hence room for one per member.
         self._rounds = 1 if total <= capacity else -(-total // (capacity - len(parts)))
@@ -47,9 +48,10 @@ class ShmExchange:
     def wait(self) -> list[Tensor]:
         start = time.perf_counter()
         self.finish()
-        size = len(self._parts)
-        self.waits = [max(0.0, self._arrived.get(j, start) - start) for j in range(size)]
-        received, self._received, self._parts = self._received, [], []
+        self.waits = [0.0] * len(self._parts)
+        for j, arrived in self._arrived.items():
+            self.waits[j] = max(0.0, arrived - start)
+        received, self._received, self._parts = self._received, [], ()
         return received
 
     def finish(self) -> None:
@@ -68,48 +70,51 @@ class ShmExchange:
     def _post(self) -> None:
         segments, r, rounds = self._segments, self._round, self._rounds
         memory, half = segments.memory[segments.idx], segments.half
-        base = segments.data_range(half)
-        end, starts = 0, [0]
-        if r < rounds:
-            for part, length in zip(self._parts, self._lengths, strict=True):
-                if length:
-                    first, last = length * r // rounds, length * (r + 1) // rounds
-                    memory[base + end : base + end + last - first] = part[first:last]
-                    end += last - first
-                starts.append(end)
+        begin = segments.data_range(half)
+        at, starts = begin, [0]
+        for part, length in zip(self._parts, self._lengths, strict=True):
+            if length and r < rounds:
+                if rounds > 1:
+                    part = part[length * r // rounds : length * (r + 1) // rounds]
+                    length = part.numel()
+                memory[at : at + length] = part
+                at += length
+            starts.append(at - begin)
         segments.set_header(
-            half, self._stage, rounds, starts + self._lengths if rounds > 1 else starts
+            half, self._stage, rounds, starts if rounds == 1 else starts + self._lengths
         )
         segments.post()
 
     def _take(self) -> None:
-        segments, r = self._segments, self._round
+        segments, r, me = self._segments, self._round, self._segments.idx
         arrived = segments.wait(segments.peers, self._stage, progress=self._progress)
-        base = segments.data_range(segments.half)
+        begin = segments.data_range(segments.half)
         for j in segments.peers:
             rounds = segments.checked_total(j, self._stage)
             if r >= rounds:
                 continue
             if j in arrived:
                 self._arrived[j] = arrived[j]
-            start, stop = segments.number(j, segments.idx), segments.number(j, segments.idx + 1)
+            start, stop = segments.numbers(j, me, me + 2)
+            piece = segments.memory[j][begin + start : begin + stop]
             if r == 0:
                 self._peer_rounds[j] = rounds
                 length = stop - start if rounds == 1 else self._announced(j)
                 if self._into is not None:
                     self._check_length(j, length)
                 elif rounds == 1:
-                    self._received[j] = segments.memory[j][base + start : base + stop].clone()
+                    self._received[j] = piece.clone()
                     continue
                 else:
                     self._received[j] = torch.empty(length, dtype=torch.uint8)
             if start < stop:
-                first = self._received[j].shape[0] * r // rounds
-                piece = segments.memory[j][base + start : base + stop]
+                first = self._received[j].numel() * r // rounds
                 self._received[j][first : first + stop - start] = piece
 
     def _announced(self, peer: int) -> int:
-        return self._segments.number(peer, len(self._parts) + 1 + self._segments.idx)
+        """The length of the whole message, where it comes in several rounds."""
+        i = len(self._parts) + 1 + self._segments.idx
+        return self._segments.numbers(peer, i, i + 1)[0]
 
     def _check_length(self, peer: int, length: int) -> None:
         segments, expected = self._segments, self._received[peer].shape[0]
