@@ -97,6 +97,7 @@ class ParallelGroups:
                     ranks=ranks,
                     rank=rank,
                     store=scoped,
+                    diagnosis=diagnosis,
                     timeout_s=timeout_s,
                 )
             return across(
