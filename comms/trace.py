@@ -1,8 +1,8 @@
 """Spans of time on the streams of a rank: what it computed, what moved meanwhile, what was hidden.
 
-Streams are "compute", "communication" (a phase that waits for peers), "node" and "network" (bytes
-under way inside the node and between nodes); others may be named. `trace_file.py` writes the file
-that shows them.
+Streams are "step", "compute", "communication" (a phase that waits for peers), "node" and "network"
+(bytes under way inside the node and between nodes); others may be named. `trace_file.py` writes the
+file that shows them.
 """
 
 import time

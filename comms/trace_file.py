@@ -17,7 +17,13 @@ from typing import Any, NamedTuple
 
 from comms.trace import Trace
 
-STREAMS = ("compute", "communication", "node", "network")  # in this order; others come below
+STREAMS = (
+    "step",
+    "compute",
+    "communication",
+    "node",
+    "network",
+)  # in this order; others come below
 # Perfetto keeps process 0 for the kernel's idle task, and takes the thread with the number of its
 # process for the main one.
 FIRST_PID = 1000

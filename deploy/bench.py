@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ConfigError
+from comms.trace_file import TraceError, check_path
 from deploy.settings import read_config
 from simulations import bench_collectives, bench_step
 
@@ -34,20 +35,29 @@ def collectives_command(num_ranks: int, json_file: Path | None) -> int:
 
 
 def step_command(
-    path: Path | None, overrides: Sequence[str], sequences: int, steps: int, json_file: Path | None
+    path: Path | None,
+    overrides: Sequence[str],
+    sequences: int,
+    steps: int,
+    json_file: Path | None,
+    trace_file: Path | None,
 ) -> int:
     """Milliseconds per phase of a decode step; results.<phase>.ms and .share."""
     try:
         config = read_config(path, overrides)
-    except ConfigError as error:
+        if trace_file is not None:
+            check_path(trace_file)
+    except (ConfigError, TraceError) as error:
         print(error, file=sys.stderr)
         return 2
-    report = bench_step.run(config, sequences, steps)
+    report = bench_step.run(config, sequences, steps, trace_file)
     table = Table("phase", "ms", "share")
     for phase, row in report["results"].items():
         table.add_row(phase, f"{row['ms']:.2f}", f"{row['share']:.0%}")
     Console().print(table)
     print(f"{report['step_ms']:.1f} ms a step, {report['tokens_per_s']:.0f} tokens/s")
+    if trace_file is not None:
+        print(f"wrote {trace_file}: open it in https://ui.perfetto.dev or chrome://tracing")
     write_json(json_file, report)
     return 0
 

@@ -118,12 +118,16 @@ def bench_step(
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE")] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences decoding at once.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps to measure.")] = 50,
+    trace_file: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Write what every rank did, for Perfetto."),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Where a decode step's time goes on this machine, milliseconds per phase."""
     from deploy.bench import step_command
 
-    raise typer.Exit(step_command(config, overrides or [], sequences, steps, json_file))
+    raise typer.Exit(step_command(config, overrides or [], sequences, steps, json_file, trace_file))
 
 
 @testbed.command("up")

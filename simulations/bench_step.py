@@ -4,6 +4,8 @@ All ranks run on this machine. The leader of replica 0 reports its own phases; w
 collective for slower ranks, that wait counts to the collective's phase.
 """
 
+from dataclasses import asdict
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -14,6 +16,8 @@ from cluster.engine.sampling_params import SamplingParams
 from cluster.offline import add_frame
 from comms.groups import ParallelGroups
 from comms.launch import RankPool
+from comms.trace import NO_TRACE, Trace, overlap
+from comms.trace_file import write_trace
 
 PHASES = (
     "schedule", "broadcast", "attention", "gate", "dispatch", "experts", "combine", "sample",
@@ -23,17 +27,30 @@ WARM_UP_STEPS = 5
 TIMEOUT_S = 600.0
 
 
-def run(config: ServeConfig, sequences: int, steps: int) -> dict[str, Any]:
+def run(
+    config: ServeConfig, sequences: int, steps: int, trace_file: Path | None = None
+) -> dict[str, Any]:
     """Decode `sequences` sequences on every DP replica for `steps` steps.
 
     Returns {"step_ms", "tokens_per_s" of all replicas, "results": {phase: {"ms", "share"}}, ...};
-    the phase "other" is what no other covers (norms, embedding, logits, bookkeeping).
+    the phase "other" is what no other covers (norms, embedding, logits, bookkeeping). With a
+    `trace_file` every rank's spans of these steps go there, and "overlap" says by rank how long the
+    network was busy and how much of that was hidden. Raises TraceError if it cannot be written.
     """
     topology = config.parallel.topology
     config = _roomy(config, sequences, steps)
     with RankPool(topology.world_size) as pool:
-        reports = pool.run(_decode, topology, config, sequences, steps, timeout_s=TIMEOUT_S)
-    report: dict[str, Any] = reports[0]
+        answers = pool.run(
+            _decode, topology, config, sequences, steps, trace_file is not None, timeout_s=TIMEOUT_S
+        )
+    report: dict[str, Any] = answers[0][0]
+    if trace_file is not None:
+        traces = [trace for _, trace in answers]
+        write_trace(trace_file, traces)
+        report["overlap"] = [
+            {"rank": rank, **asdict(found), "hidden_fraction": found.hidden_fraction}
+            for rank, found in overlap(traces).items()
+        ]
     return {
         "layout": f"{topology.num_nodes}x{topology.ranks_per_node}",
         "sequences_per_replica": sequences,
@@ -57,8 +74,8 @@ def _roomy(config: ServeConfig, sequences: int, steps: int) -> ServeConfig:
 
 
 def _decode(
-    groups: ParallelGroups, config: ServeConfig, sequences: int, steps: int
-) -> dict[str, Any]:
+    groups: ParallelGroups, config: ServeConfig, sequences: int, steps: int, traced: bool
+) -> tuple[dict[str, Any], Trace]:
     """What each rank does: prefill and warm up, then decode under the clock."""
     params = SamplingParams(temperature=0.0, max_tokens=steps + WARM_UP_STEPS + 1, ignore_eos=True)
     prompts = [[3 + (idx + i) % 200 for i in range(PROMPT_TOKENS)] for idx in range(sequences)]
@@ -67,17 +84,22 @@ def _decode(
     engine = build_engine(config, groups, LocalMailbox(requests) if is_leader else None)
     for _ in range(WARM_UP_STEPS):
         engine.step()
+    node = groups.topology.node_of(groups.rank)
+    trace = Trace(groups.rank, node=node, where=groups.where) if traced else NO_TRACE
     timer = engine.runner.timer
     timer.reset()
+    timer.trace = trace
     start = perf_counter()
-    for _ in range(steps):
-        engine.step()
+    for number in range(steps):
+        with trace.span("step", f"step {number}"):
+            engine.step()
     step_s = (perf_counter() - start) / steps
     seconds = {phase: timer.seconds.get(phase, 0.0) / steps for phase in PHASES}
     seconds["other"] = step_s - sum(seconds.values())
-    return {
+    report = {
         "step_ms": 1000 * step_s,
         "results": {
             phase: {"ms": 1000 * value, "share": value / step_s} for phase, value in seconds.items()
         },
     }
+    return report, trace

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.deploy.processes import EXPERTMESH, running
 
@@ -60,3 +61,39 @@ def test_bench_step_says_where_the_time_goes(tmp_path: Path) -> None:
     assert phases <= set(report["results"])
     total = sum(row["ms"] for row in report["results"].values())
     assert abs(total - report["step_ms"]) < 1e-6 * report["step_ms"]
+
+
+def test_bench_step_writes_a_trace_of_all_ranks(tmp_path: Path) -> None:
+    trace_file, report_file = tmp_path / "trace.json", tmp_path / "step.json"
+    files = ["--trace", str(trace_file), "--json", str(report_file)]
+    layout = ["parallel.num_nodes=2", "parallel.ranks_per_node=1"]
+    arguments = ["bench", "step", "--sequences", "2", "--steps", "3", *files, *layout]
+    with running([EXPERTMESH, *arguments]) as command:
+        assert command.wait(240) == 0, command.output
+    assert str(trace_file) in command.output
+    report, events = json.loads(report_file.read_text()), load_events(trace_file)
+    names = {event["pid"]: event["args"]["name"] for event in events["process_name"]}
+    assert sorted(names.values()) == ["rank 0 (node 0)", "rank 1 (node 1)"]
+    leader = next(pid for pid, name in names.items() if name == "rank 0 (node 0)")
+    assert {event["pid"] for event in events["step 2"]} == set(names)
+    for phase, row in report["results"].items():  # the two accounts agree, span by span
+        if phase != "other":
+            spans = [event["dur"] for event in events[phase] if event["pid"] == leader]
+            assert abs(sum(spans) / 1000 - 3 * row["ms"]) < 1e-3 * len(spans) + 1e-6
+    assert [row["rank"] for row in report["overlap"]] == [0, 1]
+
+
+def load_events(trace_file: Path) -> dict[str, list[dict[str, Any]]]:
+    """The events of a trace file by name."""
+    events: dict[str, list[dict[str, Any]]] = {}
+    for event in json.loads(trace_file.read_text())["traceEvents"]:
+        events.setdefault(event["name"], []).append(event)
+    return events
+
+
+def test_bench_step_refuses_a_trace_file_that_cannot_be(tmp_path: Path) -> None:
+    where = str(tmp_path / "missing" / "trace.json")
+    with running([EXPERTMESH, "bench", "step", "--trace", where]) as command:
+        assert command.wait(60) == 2
+    assert "cannot write a trace" in command.output
+    assert "Traceback" not in command.output
