@@ -52,23 +52,32 @@ def because(mine: Note, me: int, notes: Mapping[int, Note]) -> str:
     """What the ranks that I needed were waiting for themselves; "" if none of them said."""
     others = {rank: note for rank, note in notes.items() if rank != me}
     ranks = chain(mine.needs, others)
-    told = [rank for rank in ranks if rank in others]
+    told = {rank: others[rank] for rank in ranks if rank in others}
     if not told:
         return ""
-    sentences = [others[rank].text for rank in told]
-    late = {need for rank in told if others[rank].late for need in others[rank].needs}
-    silent = [rank for rank in ranks if rank in late and rank not in others and rank != me]
-    if silent:
-        sentences.append(f"{ranks_text(silent)} never answered")
-    elif circle := _circle(ranks, {**others, me: mine}):
-        gave_up = [rank for rank in circle if not {**others, me: mine}[rank].late]
-        if gave_up:  # it came when the others had given up on it
-            sentences.append(f"{ranks_text(gave_up)} came late")
-        else:
-            sentences.append(f"{ranks_text(sorted(circle))} wait for each other")
-    return "; ".join(sentences)
+    end = _silent_end([rank for rank in ranks if rank not in told and rank != me], told)
+    end = end or _circle({**told, me: mine})
+    return "; ".join([*(note.text for note in told.values()), *end])
 
 
-def _circle(ranks: Sequence[int], notes: Mapping[int, Note]) -> list[int]:
-    """The ranks whose chain leads back to themselves."""
-    return [r for r in ranks if r in notes and r in chain(notes[r].needs, notes)]
+def _silent_end(silent: Sequence[int], told: Mapping[int, Note]) -> list[str]:
+    """Chains that end at ranks which left no note."""
+    late = [r for r in silent if any(n.late and r in n.needs for n in told.values())]
+    gone = [r for r in silent if any(n.ended and r in n.needs for n in told.values())]
+    mute = [r for r in silent if r not in late and r not in gone]
+    return [
+        *([f"{ranks_text(late)} never answered"] if late else []),
+        *([f"{ranks_text(mute)} did not say why"] if mute else []),
+    ]
+
+
+def _circle(notes: Mapping[int, Note]) -> list[str]:
+    """Chains that lead back to themselves."""
+    circle = sorted(rank for rank in notes if rank in chain(notes[rank].needs, notes))
+    missed = {need for note in notes.values() if note.late for need in note.needs}
+    came_late = [rank for rank in circle if rank in missed and not notes[rank].late]
+    if came_late:  # when the others had given up on it
+        return [f"{ranks_text(came_late)} came late"]
+    if circle and all(notes[rank].late for rank in circle):
+        return [f"{ranks_text(circle)} wait for each other"]
+    return []
