@@ -1,5 +1,6 @@
 """The `expertmesh` command. Each subcommand is one short function that imports what it needs."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -128,6 +129,50 @@ def bench_step(
     from deploy.bench import step_command
 
     raise typer.Exit(step_command(config, overrides or [], sequences, steps, json_file, trace_file))
+
+
+@bench.command("dispatch")
+def bench_dispatch(
+    hosts: Annotated[
+        int, typer.Option(help="Hosts as namespaces; 0: two nodes on loopback, without root.")
+    ] = 4,
+    ranks_per_host: Annotated[int, typer.Option(help="Ranks of each host.")] = 2,
+    rate: Annotated[str, typer.Option(help='Of each link, each way, or "none".')] = "200mbit",
+    hidden: Annotated[int, typer.Option(help="Channels of a token.")] = 2048,
+    experts: Annotated[int, typer.Option(help="Experts in all.")] = 256,
+    topk: Annotated[int, typer.Option(help="Experts of each token.")] = 8,
+    groups: Annotated[int, typer.Option(help="Groups of experts.")] = 8,
+    topk_groups: Annotated[int, typer.Option(help="Groups that a token may choose from.")] = 4,
+    tokens: Annotated[int, typer.Option(help="Tokens of each rank.")] = 512,
+    repeats: Annotated[int, typer.Option(help="Timed layers of each scheme.")] = 5,
+    schemes: Annotated[str, typer.Option(help="Which, comma separated. [default: all]")] = "",
+    inter_node_backend: Annotated[str, typer.Option(help="tcp or gloo.")] = "tcp",
+    json_file: JsonFile = None,
+) -> None:
+    """Bytes between hosts, seconds and error of one MoE layer's exchange, by scheme."""
+    # Hosts of a testbed have no names; the store would warn of it once per rank.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from deploy.bench_dispatch import dispatch_command
+
+    raise typer.Exit(
+        dispatch_command(
+            {
+                "hosts": hosts,
+                "ranks_per_host": ranks_per_host,
+                "rate": None if rate == "none" else rate,
+                "hidden": hidden,
+                "experts": experts,
+                "topk": topk,
+                "groups": groups,
+                "topk_groups": topk_groups,
+                "tokens": tokens,
+            },
+            [name for name in schemes.split(",") if name],
+            repeats,
+            inter_node_backend,
+            json_file,
+        )
+    )
 
 
 @testbed.command("up")

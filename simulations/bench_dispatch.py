@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -125,7 +125,7 @@ def run(
     *,
     schemes: Sequence[str] = tuple(SCHEMES),
     repeats: int = 5,
-    inter_node_backend: InterNodeBackend = "tcp",
+    inter_node_backend: str = "tcp",
 ) -> dict[str, Any]:
     """{"config", "schemes": {name: {wire_bytes, ledger_bytes, seconds_median, seconds_p95,
     rel_l2, ...}}}, all per layer; bytes are those of all hosts together, seconds the slowest rank's.
@@ -134,6 +134,8 @@ def run(
     """
     if unknown := [name for name in schemes if name not in SCHEMES]:
         raise ValueError(f"there is no scheme {unknown[0]!r}; there are {', '.join(SCHEMES)}")
+    if inter_node_backend not in ("tcp", "gloo"):
+        raise ValueError(f"inter_node_backend must be tcp or gloo, got {inter_node_backend!r}")
     if not schemes or repeats < 1:
         raise ValueError(f"need a scheme and a repeat, got {list(schemes)} and {repeats}")
     with ExitStack() as stack:
@@ -151,7 +153,7 @@ def run(
             repeats,
             timeout_s=4 * (repeats + 1) * len(schemes) * workload.patience_s,
             comm_timeout_s=workload.patience_s,
-            inter_node_backend=inter_node_backend,
+            inter_node_backend=cast(InterNodeBackend, inter_node_backend),
         )
     results = {name: _summary([samples[name] for samples in per_rank]) for name in schemes}
     return {
