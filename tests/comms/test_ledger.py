@@ -16,7 +16,6 @@ from comms.topology import Topology
 from comms.where import Where
 
 TOPOLOGY = Topology(num_nodes=2, ranks_per_node=2)
-FLAT_4 = Topology(num_nodes=4, ranks_per_node=1)
 SLOW_S = 0.2
 ROUNDS = 4
 
@@ -172,23 +171,28 @@ def test_blame_goes_up_the_chain(layout, slow):
 
 def exchange_with_a_slow_rank(groups: ParallelGroups, slow: int) -> TrafficLedger:
     ledger = TrafficLedger(topology=groups.topology)
-    peers = groups.world.ranks
     for _ in range(ROUNDS):
         if groups.rank == slow:
             time.sleep(SLOW_S)
-        for peer in peers:  # one broadcast each: each says when that peer had come
-            start = time.perf_counter()
-            groups.world.broadcast(torch.zeros(1), peer)
-            ledger.record_wait("broadcast", groups.rank, peer, time.perf_counter() - start)
+        for stage, group in (("exchange", groups.rail), ("scatter", groups.node)):
+            parts = [torch.zeros(8, dtype=torch.uint8)] * group.size
+            pending = group.start_exchange([parts], stage)
+            pending.wait()
+            ledger.record_waits(stage, groups.rank, group.ranks, pending.waits)
     return ledger
 
 
-@pytest.mark.parametrize("slow", [0, 2])
-def test_real_ranks_name_the_one_that_sleeps(rank_pool, slow):
-    merged = TrafficLedger(topology=FLAT_4)
-    for ledger in rank_pool.run(exchange_with_a_slow_rank, FLAT_4, slow):
+@pytest.mark.parametrize("slow", [0, 3])
+@pytest.mark.parametrize("backend", ["tcp", "gloo"])
+def test_real_ranks_name_the_one_that_sleeps(rank_pool, backend, slow):
+    """It is late on its rail and in its node, and makes its rail late in the other node."""
+    merged = TrafficLedger(topology=TOPOLOGY)
+    for ledger in rank_pool.run(
+        exchange_with_a_slow_rank, TOPOLOGY, slow, inter_node_backend=backend
+    ):
         merged.merge(ledger)
     first, *others = merged.slow_ranks()
     assert first.rank == slow
     assert first.delayed_s > 0.5 * ROUNDS * SLOW_S
-    assert all(delay.blame_s < first.blame_s for delay in others)
+    assert all(delay.waited_s > 0.5 * ROUNDS * SLOW_S for delay in others)
+    assert all(delay.blame_s < 0.5 * first.blame_s for delay in others)
