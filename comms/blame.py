@@ -55,15 +55,15 @@ def because(mine: Note, me: int, notes: Mapping[int, Note]) -> str:
     told = {rank: others[rank] for rank in ranks if rank in others}
     if not told:
         return ""
-    end = _silent_end([rank for rank in ranks if rank not in told and rank != me], told)
-    end = end or _circle({**told, me: mine})
+    notes = {**told, me: mine}
+    end = _silent_end([rank for rank in ranks if rank not in notes], notes) or _circle(notes)
     return "; ".join([*(note.text for note in told.values()), *end])
 
 
-def _silent_end(silent: Sequence[int], told: Mapping[int, Note]) -> list[str]:
+def _silent_end(silent: Sequence[int], notes: Mapping[int, Note]) -> list[str]:
     """Chains that end at ranks which left no note."""
-    late = [r for r in silent if any(n.late and r in n.needs for n in told.values())]
-    gone = [r for r in silent if any(n.ended and r in n.needs for n in told.values())]
+    late = [r for r in silent if any(n.late and r in n.needs for n in notes.values())]
+    gone = [r for r in silent if any(n.ended and r in n.needs for n in notes.values())]
     mute = [r for r in silent if r not in late and r not in gone]
     return [
         *([f"{ranks_text(late)} never answered"] if late else []),
