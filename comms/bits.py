@@ -43,13 +43,16 @@ def unpack_bits(rows: Tensor, count: int, bits: int) -> Tensor:
     start = shift = 0
     for width in WIDTHS[bits]:
         size = _plane_bytes(count, width)
-        plane = rows[:, start : start + size].to(torch.int16)
+        plane = rows[:, start : start + size]
         for part in range(8 // width):
-            columns = slice(part * size, min((part + 1) * size, count))
-            piece = (plane >> (part * width))[:, : columns.stop - columns.start]
+            columns_RQ = q_RH[:, part * size : (part + 1) * size]
+            piece = plane[:, : columns_RQ.shape[1]]
             if width < 8:
-                piece = piece & (2**width - 1)
-            q_RH[:, columns] |= piece << shift
+                piece = (piece >> (part * width)).bitwise_and_(2**width - 1)
+            if shift:
+                columns_RQ |= piece.to(torch.int16).bitwise_left_shift_(shift)
+            else:
+                columns_RQ.copy_(piece)
         start, shift = start + size, shift + width
     return q_RH
 

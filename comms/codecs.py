@@ -6,11 +6,11 @@ block.
     name          bytes an element    what a block of channels shares           relative L2, normal data
     bfloat16      that of the dtype   nothing: rows in the model's own dtype    0
     float8        1.031               fp32 scale of 128 e4m3                    0.0257
-    float8_ue8m0  1.008               power-of-two scale of 128 e4m3            0.0262
-    logfmt10      1.281               least and greatest magnitude of 128       0.0031
-    int6          0.781               16-bit scale of 64 integers               0.0228
-    int8          1.016               16-bit scale of 128 integers              0.0062
-    int10         1.266               16-bit scale of 128 integers              0.0015
+    float8_ue8m0  1.008               power-of-two scale of 128 e4m3            0.0266
+    logfmt10      1.281               least and greatest magnitude of 128       0.0036
+    int6          0.781               16-bit scale of 64 integers               0.0243
+    int8          1.016               16-bit scale of 128 integers              0.0065
+    int10         1.266               16-bit scale of 128 integers              0.0016
 
 Of the lossy ones all promise:
 
@@ -37,7 +37,7 @@ BLOCK = 128  # channels that share a scale, unless a codec says otherwise
 FP8_MAX = 448.0
 MIN_AMAX = 1e-4
 
-_TILE = 128 * 1024  # elements worked on at once: half a MiB in fp32
+_TILE = 512 * 1024  # elements worked on at once, measured: 2 MiB in fp32
 _LEAST_NORMAL = 2.0**-126
 _LOG_RANGE = 32.0  # octaves below a block's greatest magnitude that LogFMT can still tell from zero
 _LOG2_COEFFICIENTS: list[float] = (
@@ -311,7 +311,8 @@ def _float8_values(bytes_RH: Tensor) -> Tensor:
     Sign, exponent and fraction are moved to where bfloat16 has them; what is missing is the
     difference of the exponent biases, 2^(127 - 7). Five times faster than torch's conversion.
     """
-    moved_RH = (bytes_RH.view(torch.int8).to(torch.int16) << 8 >> 4).bitwise_and_(-0x7810)
+    moved_RH = bytes_RH.view(torch.int8).to(torch.int16)
+    moved_RH.bitwise_left_shift_(8).bitwise_right_shift_(4).bitwise_and_(-0x7810)
     return moved_RH.view(torch.bfloat16).float().mul_(2.0**120)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from comms.sizes import as_bytes
 
-_TILE = 128 * 1024  # elements worked on at once: half a MiB in fp32
+_TILE = 512 * 1024  # elements worked on at once, as in `comms/codecs.py`
 _HEADER = struct.Struct("<ii")  # bytes of a body element, escapes
 
 

@@ -113,6 +113,20 @@ def bench_collectives(
     raise typer.Exit(collectives_command(ranks, json_file))
 
 
+@bench.command("codecs")
+def bench_codecs(
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Checkpoint to take rows from. [default: mosaic]"),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Bytes, error and speed of the codecs; partial sums in bfloat16 and on an integer grid."""
+    from deploy.bench_codecs import codecs_command
+
+    raise typer.Exit(codecs_command(model, json_file))
+
+
 @bench.command("step")
 def bench_step(
     overrides: Overrides = None,

@@ -17,6 +17,8 @@ S slots, E experts, T tokens, K experts per token, H hidden, I intermediate.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ def expert_gains(slots: ExpertSlots, norm_weight_H: Tensor) -> Tensor:
     gains = [
         _rms(gated_mlp(x_TH, slots.w13[slot], slots.w2[slot])) for slot in range(slots.num_slots)
     ]
-    return _power_of_two(torch.tensor(gains, dtype=torch.float32))
+    return torch.tensor([_power_of_two(gain) for gain in gains], dtype=torch.float32)
 
 
 def token_ranges(
@@ -66,6 +68,6 @@ def _rms(y_TH: Tensor) -> float:
     return float(y_TH.double().square().mean().sqrt())
 
 
-def _power_of_two(x_S: Tensor) -> Tensor:
-    """The nearest in ratio; 0 stays 0."""
-    return torch.where(x_S > 0, torch.exp2(torch.log2(x_S).round()), 0.0)
+def _power_of_two(gain: float) -> float:
+    """The nearest in ratio; 0 stays 0, and what is not finite stays so: it refuses its tokens."""
+    return 2.0 ** round(math.log2(gain)) if 0 < gain < math.inf else gain

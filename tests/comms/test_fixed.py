@@ -123,7 +123,7 @@ def test_error_against_fp64(dtype, steps) -> None:
 
 def test_many_rows_equal_one_row() -> None:
     rng = np.random.default_rng(1)
-    y_PH = torch.from_numpy(rng.standard_normal((700, 1000))).bfloat16()
+    y_PH = torch.from_numpy(rng.standard_normal((700, 2000))).bfloat16()
     positions_RK = torch.from_numpy(rng.permutation(700).reshape(350, 2))
     positions_RK[rng.random((350, 2)) < 0.3] = -1
     weights_RK, range_R = torch.rand(350, 2), torch.rand(350) + 5
