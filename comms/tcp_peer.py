@@ -194,12 +194,11 @@ class Peer:
             target[:here] = self._buffer[self._lo : self._lo + here]
             self._lo += here
         elif target.nbytes < _BUFFER_BYTES // 2:  # what follows comes along in the same call
-            return self._fill_buffer()
+            return self._fill_buffer() or self._wake_for(target.nbytes)
         else:
             here = self._receive_into(target)
             if here == 0:
-                self._wake_for(target.nbytes)
-                return False
+                return self._wake_for(target.nbytes)
         inbox.received += here
         self._target = target[here:]
         if here == target.nbytes:
@@ -239,12 +238,16 @@ class Peer:
             self._lose("the connection was closed")
         return here
 
-    def _wake_for(self, num_bytes: int) -> None:
-        """Let the kernel report the socket as readable only when that many bytes are there."""
+    def _wake_for(self, num_bytes: int) -> bool:
+        """Let the kernel report the socket as readable only when that many bytes are there.
+
+        False: nothing is there now.
+        """
         low_water = max(1, min(num_bytes, _WAKE_BYTES))
         if low_water != self._low_water and self.fault is None:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
             self._low_water = low_water
+        return False
 
     def _lose(self, reason: str) -> None:
         self.fault = reason

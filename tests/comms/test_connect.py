@@ -13,11 +13,12 @@ from comms.groups import CommError, CommTimeout, ParallelGroups
 from comms.shm import ShmGroup
 from comms.store import connect_store, host_store
 from comms.topology import Topology
+from tests.comms.test_collectives import TRANSPORTS
 
 TWO = Topology(num_nodes=1, ranks_per_node=2)
 
 
-def expect_a_third(groups: ParallelGroups, address: str, backend: str):
+def expect_a_third(groups: ParallelGroups, address: str, transport: str):
     """Ranks 0 and 1 connect a topology whose rank 2 never comes."""
     start = time.monotonic()
     try:
@@ -26,7 +27,7 @@ def expect_a_third(groups: ParallelGroups, address: str, backend: str):
             groups.rank,
             connect_store(address),
             epoch=7,
-            node_backend=backend,
+            **TRANSPORTS[transport],
             timeout_s=1.0,
         )
     except CommTimeout as error:
@@ -34,23 +35,23 @@ def expect_a_third(groups: ParallelGroups, address: str, backend: str):
     raise AssertionError("connected without rank 2")
 
 
-@pytest.mark.parametrize("backend", ["shm", "gloo"])
-def test_who_does_not_connect_is_named(rank_pool, backend) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_who_does_not_connect_is_named(rank_pool, transport) -> None:
     store, address = host_store()
-    for error, seconds in rank_pool.run(expect_a_third, TWO, address, backend):
+    for error, seconds in rank_pool.run(expect_a_third, TWO, address, transport):
         assert error.silent == (2,)
         assert "connect" in str(error)
         assert seconds >= 1.0
     del store
 
 
-def two_epochs(groups: ParallelGroups, address: str, backend: str) -> list[float]:
+def two_epochs(groups: ParallelGroups, address: str, transport: str) -> list[float]:
     """The next epoch connects over the same store after the last one was aborted."""
     store = connect_store(address)
     sums = []
     for epoch in (1, 2, 3):
         mine = ParallelGroups.connect(
-            groups.topology, groups.rank, store, epoch=epoch, node_backend=backend
+            groups.topology, groups.rank, store, epoch=epoch, **TRANSPORTS[transport]
         )
         sums.append(float(mine.world.all_reduce(torch.tensor([float(epoch)]))))
         groups.world.barrier()
@@ -61,10 +62,10 @@ def two_epochs(groups: ParallelGroups, address: str, backend: str) -> list[float
     return sums
 
 
-@pytest.mark.parametrize("backend", ["shm", "gloo"])
-def test_epochs_follow_each_other_on_one_store(rank_pool, backend) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_epochs_follow_each_other_on_one_store(rank_pool, transport) -> None:
     store, address = host_store()
-    assert rank_pool.run(two_epochs, TWO, address, backend) == [[2.0, 4.0, 6.0]] * 2
+    assert rank_pool.run(two_epochs, TWO, address, transport) == [[2.0, 4.0, 6.0]] * 2
     del store
 
 
@@ -72,6 +73,8 @@ def test_unknown_backend_is_refused() -> None:
     store, _ = host_store()
     with pytest.raises(ValueError, match="node_backend must be 'shm' or 'gloo', got 'rdma'"):
         ParallelGroups.connect(TWO, 0, store, node_backend="rdma")
+    with pytest.raises(ValueError, match="inter_node_backend must be 'tcp' or 'gloo', got 'x'"):
+        ParallelGroups.connect(TWO, 0, store, inter_node_backend="x")
 
 
 def test_memory_that_cannot_be_mapped_names_the_rank_and_the_way_out() -> None:
