@@ -26,7 +26,7 @@ def random_slots(scales, dtype=torch.bfloat16, order=None) -> ExpertSlots:
 
 
 def norm_weight() -> torch.Tensor:
-    return torch.rand(HIDDEN, generator=torch.Generator().manual_seed(9)) + 0.5
+    return torch.rand(HIDDEN, generator=torch.Generator().manual_seed(9)) * 3 + 0.2
 
 
 def test_a_gain_is_the_rms_of_outputs_within_half_an_octave() -> None:
