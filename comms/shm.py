@@ -26,7 +26,6 @@ from comms.sizes import (
     sum_in_order,
 )
 from comms.store import Store
-from comms.where import Where
 
 _ONE_SHOT_BYTES = 32 * 1024  # beyond this an all-reduce is a reduce-scatter and an all-gather
 
@@ -41,7 +40,7 @@ class ShmGroup:
         ranks: Sequence[int],
         rank: int,
         store: Store,
-        diagnosis: Diagnosis | None = None,
+        diagnosis: Diagnosis,
         timeout_s: float = 60.0,
         capacity: int = 1 << 20,
     ) -> None:
@@ -62,7 +61,7 @@ class ShmGroup:
             ranks=self.ranks,
             idx=self.idx,
             store=store,
-            diagnosis=diagnosis or Diagnosis(store, rank, Where()),
+            diagnosis=diagnosis,
             timeout_s=timeout_s,
             capacity=capacity,
         )

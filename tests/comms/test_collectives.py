@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from comms.diagnosis import Diagnosis
 from comms.groups import CommError, Group, ParallelGroups
 from comms.shm import ShmGroup
 from comms.sizes import even_sizes
@@ -121,11 +122,13 @@ def test_collectives_equal_plain_torch(rank_pool, transport, nodes, ranks, tp) -
 
 
 def check_tiny_segments(groups: ParallelGroups, address: str) -> None:
+    store = connect_store(address)
     group = ShmGroup(
         name="tiny",
         ranks=range(groups.topology.world_size),
         rank=groups.rank,
-        store=connect_store(address),
+        store=store,
+        diagnosis=Diagnosis(store, groups.rank, groups.where),
         capacity=192,
     )
     check_group(group)
@@ -201,11 +204,13 @@ def stress(groups: ParallelGroups, address: str, seed: int) -> None:
     A source runs ahead of slow receivers here: a half overwritten too early shows as wrong data.
     """
     world = groups.world.size
+    store = connect_store(address)
     group = ShmGroup(
         name=f"stress{seed}",
         ranks=range(world),
         rank=groups.rank,
-        store=connect_store(address),
+        store=store,
+        diagnosis=Diagnosis(store, groups.rank, groups.where),
         capacity=128,
     )
     plan, naps = random.Random(seed), random.Random(1000 * seed + groups.rank)

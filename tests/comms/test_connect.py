@@ -9,10 +9,12 @@ import psutil
 import pytest
 import torch
 
+from comms.diagnosis import Diagnosis
 from comms.groups import CommError, CommTimeout, ParallelGroups
 from comms.shm import ShmGroup
 from comms.store import connect_store, host_store
 from comms.topology import Topology
+from comms.where import Where
 from tests.comms.test_collectives import TRANSPORTS
 
 TWO = Topology(num_nodes=1, ranks_per_node=2)
@@ -80,10 +82,11 @@ def test_unknown_backend_is_refused() -> None:
 def test_memory_that_cannot_be_mapped_names_the_rank_and_the_way_out() -> None:
     store, _ = host_store()
     store.set("far/1", f"{2**22 + 1} 5 99")  # no such process here
+    mine = {"rank": 4, "store": store, "diagnosis": Diagnosis(store, 4, Where())}
     with pytest.raises(CommError, match=r"memory of rank 9 \(pid \d+\).*node_backend: gloo"):
-        ShmGroup(name="far", ranks=(4, 9), rank=4, store=store, timeout_s=1.0)
+        ShmGroup(name="far", ranks=(4, 9), timeout_s=1.0, **mine)
     with pytest.raises(ValueError, match="multiple of 64 bytes, got 100"):
-        ShmGroup(name="odd", ranks=(4, 9), rank=4, store=store, capacity=100)
+        ShmGroup(name="odd", ranks=(4, 9), capacity=100, **mine)
 
 
 def test_store_addresses() -> None:
