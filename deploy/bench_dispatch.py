@@ -1,4 +1,4 @@
-"""`expertmesh bench dispatch`: run it, show the table, write the JSON."""
+"""`expertmesh bench dispatch` and `bench latency`: run, show the table, write the JSON."""
 
 import sys
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.bench import write_json
-from simulations import bench_dispatch
+from simulations import bench_dispatch, bench_latency
+from simulations.bench_dispatch import Workload
 from simulations.testbed import TestbedError
 
 
@@ -24,17 +25,13 @@ def dispatch_command(
     that cannot be, 1 where hosts cannot be made."""
     try:
         report = bench_dispatch.run(
-            bench_dispatch.Workload(**workload),
+            Workload(**workload),
             schemes=schemes or tuple(bench_dispatch.SCHEMES),
             repeats=repeats,
             inter_node_backend=inter_node_backend,
         )
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except TestbedError as error:
-        print(f"{error}\n`--hosts 0` runs without namespaces", file=sys.stderr)
-        return 1
+    except (ValueError, TestbedError) as error:
+        return _refused(error)
     table = Table("scheme", "wire MB", "ledger MB", "bytes", "ms", "p95", "time", "rel. L2")
     for name, row in report["schemes"].items():
         table.add_row(
@@ -51,3 +48,30 @@ def dispatch_command(
     print("one layer; bytes of all hosts, time of the slowest rank; ratios are to flat_bf16")
     write_json(json_file, report)
     return 0
+
+
+def latency_command(workload: dict[str, Any], rounds: int, json_file: Path | None) -> int:
+    """results[].us.<tokens>: microseconds of a layer's dispatch and combine; exit codes as above."""
+    try:
+        report = bench_latency.run(Workload(**workload), rounds=rounds)
+    except (ValueError, TestbedError) as error:
+        return _refused(error)
+    sizes = list(report["results"][0]["us"])
+    table = Table("dispatcher", "inside", "between", *sizes, padding=0)
+    for row in report["results"]:
+        figures = [f"{row['us'][size]:.0f}" for size in sizes]
+        table.add_row(row["dispatcher"], row["inside"], row["between"], *figures)
+    Console().print(table)
+    print(
+        "microseconds per dispatch and combine, by tokens of each rank; the slowest rank's median"
+    )
+    write_json(json_file, report)
+    return 0
+
+
+def _refused(error: ValueError | TestbedError) -> int:
+    print(error, file=sys.stderr)
+    if isinstance(error, TestbedError):
+        print("`--hosts 0` runs without namespaces", file=sys.stderr)
+        return 1
+    return 2

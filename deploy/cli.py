@@ -189,6 +189,30 @@ def bench_dispatch(
     )
 
 
+@bench.command("latency")
+def bench_latency(
+    hosts: Annotated[
+        int, typer.Option(help="Hosts as namespaces; 0: two nodes on loopback, without root.")
+    ] = 2,
+    ranks_per_host: Annotated[int, typer.Option(help="Ranks of each host.")] = 2,
+    rate: Annotated[str, typer.Option(help='Of each link, each way, or "none".')] = "none",
+    hidden: Annotated[int, typer.Option(help="Channels of a token.")] = 2048,
+    rounds: Annotated[int, typer.Option(help="Rounds of 20 layers, of all transports.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Microseconds per dispatch and combine of 1 to 32 tokens, by dispatcher and transport."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as above
+    from deploy.bench_dispatch import latency_command
+
+    workload = {
+        "hosts": hosts,
+        "ranks_per_host": ranks_per_host,
+        "rate": None if rate == "none" else rate,
+        "hidden": hidden,
+    }
+    raise typer.Exit(latency_command(workload, rounds, json_file))
+
+
 @testbed.command("up")
 def up_testbed(
     hosts: Annotated[int, typer.Option(help="How many hosts.")] = 2,

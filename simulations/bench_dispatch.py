@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -19,13 +18,12 @@ import torch
 from torch import Tensor
 
 from comms.groups import InterNodeBackend, ParallelGroups
-from comms.launch import RankPool
 from comms.make import make_dispatcher
 from comms.topology import Topology
 from router.gate import Gate, GateConfig
 from simulations import netns
-from simulations.hosted import HostedRanks
-from simulations.testbed import INTERFACE, Testbed, parse_rate
+from simulations.hosted import ranks_on
+from simulations.testbed import INTERFACE, parse_rate
 
 BASELINE = "flat_bf16"
 SEED = 3_141
@@ -138,13 +136,7 @@ def run(
         raise ValueError(f"inter_node_backend must be tcp or gloo, got {inter_node_backend!r}")
     if not schemes or repeats < 1:
         raise ValueError(f"need a scheme and a repeat, got {list(schemes)} and {repeats}")
-    with ExitStack() as stack:
-        if workload.hosts:
-            testbed = stack.enter_context(Testbed(workload.hosts, workload.rate))
-            pool: RankPool = HostedRanks(testbed, workload.ranks_per_host)
-        else:
-            pool = RankPool(workload.topology.world_size)
-        stack.enter_context(pool)
+    with ranks_on(workload.hosts, workload.ranks_per_host, workload.rate) as pool:
         per_rank = pool.run(
             _measure,
             workload.topology,
@@ -202,7 +194,7 @@ def _measure(
 ) -> dict[str, list[Sample]]:
     """What each rank does: every scheme once to warm up, then all of them in turns."""
     problem = Problem.of_rank(workload, groups.rank)
-    layers = {name: _layer(SCHEMES[name], groups, problem) for name in schemes}
+    layers = {name: layer_of(SCHEMES[name], groups, problem) for name in schemes}
     samples: dict[str, list[Sample]] = {name: [] for name in schemes}
     for repeat in range(-1, repeats):
         for turn in range(len(schemes)):
@@ -249,7 +241,7 @@ class Problem:
         )
 
 
-def _layer(
+def layer_of(
     scheme: Scheme, groups: ParallelGroups, problem: Problem
 ) -> tuple[Any, Callable[[], Tensor]]:
     """The scheme's dispatcher, and its whole layer: dispatch, experts, combine."""

@@ -5,7 +5,8 @@ limited links and is counted there; ranks of one node share memory as on a real 
 store is at the switch, so that cutting any host off leaves it to the others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -45,6 +46,17 @@ class HostedRanks(RankPool):
                 f"{topology.num_nodes} nodes of {topology.ranks_per_node}"
             )
         return super().outcomes(fn, topology, *args, **options)
+
+
+@contextmanager
+def ranks_on(hosts: int, ranks_per_host: int, rate: str | None) -> Iterator[RankPool]:
+    """Ranks on a testbed of their own; with 0 hosts, plain ranks on loopback."""
+    if hosts == 0:
+        with RankPool() as pool:
+            yield pool
+    else:
+        with Testbed(hosts, rate) as testbed, HostedRanks(testbed, ranks_per_host) as pool:
+            yield pool
 
 
 def _enter_host(namespaces: list[str], ranks_per_host: int, rank: int) -> None:
