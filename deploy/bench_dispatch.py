@@ -57,7 +57,7 @@ def latency_command(workload: dict[str, Any], rounds: int, json_file: Path | Non
     except (ValueError, TestbedError) as error:
         return _refused(error)
     sizes = list(report["results"][0]["us"])
-    table = Table("dispatcher", "inside", "between", *sizes, padding=0)
+    table = Table("dispatcher", "inside", "between", *sizes, padding=(0, 1, 0, 0))
     for row in report["results"]:
         figures = [f"{row['us'][size]:.0f}" for size in sizes]
         table.add_row(row["dispatcher"], row["inside"], row["between"], *figures)

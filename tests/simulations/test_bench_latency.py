@@ -7,7 +7,7 @@ import pytest
 from simulations import bench_latency
 from simulations.bench_dispatch import Workload
 
-WORKLOAD = Workload(hosts=0, ranks_per_host=2, hidden=128, experts=16, topk=2, groups=2)
+WORKLOAD = Workload(hosts=0, ranks_per_host=2, hidden=128, experts=16, topk=2)
 
 
 def test_every_combination_is_measured() -> None:
