@@ -7,12 +7,13 @@ epoch's.
 
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from comms.diagnosis import Diagnosis
 from comms.gloo import GlooGroup
 from comms.group import CommError, CommTimeout, Group
+from comms.links import LinkSpeed, measure_links
 from comms.shm import ShmGroup
 from comms.solo import SoloGroup
 from comms.store import PrefixStore, TCPStore
@@ -39,7 +40,8 @@ class ParallelGroups:
 
     world: all ranks. node: my node's ranks. rail: my local rank on every node. tp: my replica.
     leaders: the leader of every replica; None on other ranks. where: the step and layer that this
-    rank is in, for the errors of all groups; whoever runs the model writes it.
+    rank is in, for the errors of all groups; whoever runs the model writes it. links: how fast the
+    rails are, the same on all ranks; None where that was not measured or there is one node.
     """
 
     topology: Topology
@@ -51,6 +53,7 @@ class ParallelGroups:
     tp: Group
     leaders: Group | None
     where: Where = field(default_factory=Where)
+    links: LinkSpeed | None = None
 
     @classmethod
     def connect(
@@ -63,12 +66,13 @@ class ParallelGroups:
         node_backend: NodeBackend = "shm",
         inter_node_backend: InterNodeBackend = "tcp",
         timeout_s: float = 60.0,
+        with_links: bool = False,
     ) -> "ParallelGroups":
         """Connect all groups; every rank of the topology calls this with the same arguments.
 
         node_backend "gloo" means no shared memory: inside a node too, ranks use what
         `inter_node_backend` says. `timeout_s` is the deadline of each wait, now and in every later
-        collective.
+        collective. `with_links` measures the links, some 10 ms.
         Raises CommTimeout naming the ranks that did not come.
         """
         if node_backend not in ("shm", "gloo"):
@@ -110,7 +114,9 @@ class ParallelGroups:
                 host=host,
             )
 
-        return cls._build(topology, rank, epoch, group, where)
+        groups = cls._build(topology, rank, epoch, group, where)
+        links = measure_links(groups.rail, groups.world) if with_links else None
+        return replace(groups, links=links)
 
     @classmethod
     def _build(

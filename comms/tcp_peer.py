@@ -95,6 +95,7 @@ class Peer:
             except BlockingIOError:
                 return
             except OSError as error:
+                self.receive()  # its last words may say why
                 self._lose(error.strerror or str(error))
                 return
             self.sent += sent
@@ -250,7 +251,7 @@ class Peer:
         return False
 
     def _lose(self, reason: str) -> None:
-        self.fault = reason
+        self.fault = self.fault or reason
         self._queue.clear()
 
     def _disagree(self, reason: str) -> None:

@@ -133,3 +133,27 @@ def test_the_store_listens_on_its_own_address_only() -> None:
     listening = [c.laddr for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"]
     assert [a.ip for a in listening if a.port == port] == ["127.0.0.1"]
     del store
+
+
+def links_of(groups: ParallelGroups, address: str):
+    """The links of a second set of groups; a measured exchange; the whole world's numbers."""
+    mine = ParallelGroups.connect(
+        groups.topology, groups.rank, connect_store(address), epoch=1, with_links=True
+    )
+    mine.world.barrier()
+    mine.close()
+    return groups.links, mine.links
+
+
+def test_all_ranks_agree_on_the_speed_of_the_links(rank_pool) -> None:
+    store, address = host_store()
+    two_nodes = Topology(num_nodes=2, ranks_per_node=2)
+    answers = rank_pool.run(links_of, two_nodes, address)
+    assert {not_asked for not_asked, _ in answers} == {None}
+    (links,) = {links for _, links in answers}
+    assert 1e-6 < links.latency_s < 10
+    assert 1e3 < links.bytes_per_s < 1e12
+    assert links.seconds(10**6) == pytest.approx(links.latency_s + 1e6 / links.bytes_per_s)
+    store, address = host_store()
+    assert rank_pool.run(links_of, TWO, address) == [(None, None)] * 2
+    del store
