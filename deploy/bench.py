@@ -16,18 +16,19 @@ from simulations import bench_collectives, bench_step
 
 
 def collectives_command(num_ranks: int, json_file: Path | None) -> int:
-    """Shared memory against gloo; results.<collective>.<bytes>.{shm_us,gloo_us}."""
+    """Every transport; results.<collective>.<bytes>.{shm_us,tcp_us,gloo_us}."""
     report = bench_collectives.run(num_ranks)
-    table = Table("collective", "bytes", "shm us", "gloo us", "gloo / shm")
+    table = Table("collective", "bytes", "shm us", "tcp us", "gloo us", "gloo / shm", "gloo / tcp")
     for collective, sizes in report["results"].items():
         for num_bytes, row in sizes.items():
-            ratio = row["gloo_us"] / row["shm_us"]
             table.add_row(
                 collective,
                 num_bytes,
                 f"{row['shm_us']:.0f}",
+                f"{row['tcp_us']:.0f}",
                 f"{row['gloo_us']:.0f}",
-                f"{ratio:.1f}x",
+                f"{row['gloo_us'] / row['shm_us']:.1f}x",
+                f"{row['gloo_us'] / row['tcp_us']:.1f}x",
             )
     Console().print(table)
     write_json(json_file, report)

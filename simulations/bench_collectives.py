@@ -1,7 +1,7 @@
-"""Shared memory against gloo, side by side: the same collectives, ranks and run.
+"""Shared memory, our TCP and gloo side by side: the same collectives, ranks and run.
 
-Each figure is the median over rounds of the slowest rank's median time per call. The two backends
-take turns round by round, so that a busy machine slows both alike.
+Each figure is the median over rounds of the slowest rank's median time per call. The transports take
+turns round by round, so that a busy machine slows all of them alike.
 """
 
 import statistics
@@ -12,12 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comms.groups import Group, NodeBackend, ParallelGroups
+from comms.groups import Group, InterNodeBackend, NodeBackend, ParallelGroups
 from comms.launch import RankPool
 from comms.topology import Topology
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier")
-BACKENDS: tuple[NodeBackend, ...] = ("shm", "gloo")
+BACKENDS: dict[str, tuple[NodeBackend, InterNodeBackend]] = {
+    "shm": ("shm", "tcp"),
+    "tcp": ("gloo", "tcp"),
+    "gloo": ("gloo", "gloo"),
+}
 
 
 def run(
@@ -27,7 +31,7 @@ def run(
     calls_per_round: int = 15,
     timeout_s: float = 300.0,
 ) -> dict[str, Any]:
-    """{"ranks", "results": {collective: {bytes: {"shm_us", "gloo_us", "speedup"}}}}.
+    """{"ranks", "results": {collective: {bytes: {"shm_us", "tcp_us", "gloo_us", "speedup"}}}}; speedup: gloo / shm.
 
     Bytes are those of a rank's whole input (bfloat16), for a gather those of its whole output.
     """
@@ -37,13 +41,14 @@ def run(
     times: dict[tuple[str, int, str], list[float]] = {}
     with RankPool(num_ranks) as pool:
         for _ in range(rounds):
-            for backend in BACKENDS:
+            for backend, (in_node, across) in BACKENDS.items():
                 per_rank = pool.run(
                     _time_rank,
                     topology,
                     tuple(num_bytes),
                     calls_per_round,
-                    node_backend=backend,
+                    node_backend=in_node,
+                    inter_node_backend=across,
                     timeout_s=timeout_s,
                 )
                 for name, size in per_rank[0]:
@@ -58,9 +63,10 @@ def _medians(
     results: dict[str, dict[str, dict[str, float]]] = {}
     for name in COLLECTIVES:
         for size in (0,) if name == "barrier" else num_bytes:
-            shm, gloo = (1e6 * statistics.median(times[name, size, b]) for b in BACKENDS)
+            shm, tcp, gloo = (1e6 * statistics.median(times[name, size, b]) for b in BACKENDS)
             results.setdefault(name, {})[str(size)] = {
                 "shm_us": round(shm, 1),
+                "tcp_us": round(tcp, 1),
                 "gloo_us": round(gloo, 1),
                 "speedup": round(gloo / shm, 1),
             }
