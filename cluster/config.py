@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from comms.dispatcher import CombineMode, WireDtype
 from comms.topology import Topology
 
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -74,13 +75,18 @@ class ParallelConfig(Section):
 class CommsConfig(Section):
     """How tokens travel between ranks."""
 
-    all2all_backend: Literal["hierarchical", "flat"] = "hierarchical"
+    all2all_backend: Literal["hierarchical", "low_latency", "flat"] = "hierarchical"
     node_backend: Literal["shm", "gloo"] = "shm"
-    """Collectives inside a node: shared memory, or gloo everywhere."""
-    dispatch_dtype: Literal["bfloat16", "float8"] = "bfloat16"
-    """float8: e4m3 with one scale per 128 channels. bfloat16: rows as they are (fp32 stays fp32)."""
-    combine: Literal["node", "exact"] = "node"
+    """Inside a node: shared memory, or (gloo) the same as between nodes."""
+    inter_node_backend: Literal["tcp", "gloo"] = "tcp"
+    """Between nodes: our TCP transport, or gloo's."""
+    dispatch_dtype: WireDtype = "bfloat16"
+    """How tokens travel. bfloat16: rows as they are (fp32 stays fp32). float8: e4m3 with one scale
+    per 128 channels."""
+    combine: CombineMode = "node"
     """node: sums inside a node cross once. exact: every expert row returns; layout-independent."""
+    combine_dtype: WireDtype = "bfloat16"
+    """What carries the sums of combine: node."""
     timeout_s: Seconds = 60.0
 
 

@@ -1,25 +1,39 @@
-"""What the dispatchers share: their options, the checks of their arguments, and the books.
+"""What the dispatchers share: options, checks of arguments, the books, and combine in one call.
 
 Legend: T my tokens, H hidden, K top-k, P pairs.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from comms.codec import WireFormat
-from comms.dispatcher import CombineMode, DispatchDtype, TrafficLedger
-from comms.group import Group
+from comms.dispatcher import (
+    CombineMode,
+    DispatchHandle,
+    PendingCombine,
+    PendingDispatch,
+    Received,
+    WireDtype,
+)
+from comms.group import Group, PendingExchange
 from comms.groups import ParallelGroups
+from comms.ledger import TrafficLedger
+from comms.reduction import FixedReduction, NodeReduction, Reduction
+from comms.trace import NO_TRACE, Trace
+
+_CHUNK_TOKENS = 256  # packed while the chunk before is being sent
 
 
 class BaseDispatcher:
     """Options of a dispatcher. Raises ValueError for options that do not exist.
 
     slots_per_rank: the same on all ranks. dispatch_dtype: "bfloat16" sends rows in the model's own
-    dtype, "float8" quantises them once. combine: "node" or "exact", see `reference.py`.
-    ledger: where to book what is sent; a new one by default.
+    dtype, the others quantise them once. combine: see `reference.py`; combine_dtype: what carries
+    the node sums of combine "node".
     """
 
     def __init__(
@@ -28,26 +42,63 @@ class BaseDispatcher:
         *,
         slots_per_rank: int,
         hidden: int,
-        dispatch_dtype: DispatchDtype = "bfloat16",
+        dispatch_dtype: WireDtype = "bfloat16",
         combine: CombineMode = "node",
-        ledger: TrafficLedger | None = None,
+        combine_dtype: WireDtype = "bfloat16",
+        trace: Trace = NO_TRACE,
     ) -> None:
         if slots_per_rank < 1 or hidden < 1:
             raise ValueError(f"need slots_per_rank, hidden >= 1, got {slots_per_rank}, {hidden}")
-        if dispatch_dtype not in ("bfloat16", "float8"):
-            raise ValueError(f"dispatch_dtype must be bfloat16 or float8, got {dispatch_dtype!r}")
-        if combine not in ("node", "exact"):
-            raise ValueError(f"combine must be node or exact, got {combine!r}")
+        _check_choice("dispatch_dtype", dispatch_dtype, get_args(WireDtype))
+        _check_choice("combine", combine, get_args(CombineMode))
+        _check_choice("combine_dtype", combine_dtype, get_args(WireDtype))
         self.groups = groups
         self.topology = groups.topology
         self.rank = groups.rank
         self.slots_per_rank = slots_per_rank
         self.hidden = hidden
-        self.float8 = dispatch_dtype == "float8"
+        self.dispatch_dtype = dispatch_dtype
         self.combine_mode = combine
-        self.ledger = ledger if ledger is not None else TrafficLedger(topology=groups.topology)
+        self.combine_dtype = combine_dtype
+        self.trace = trace
+        self.ledger = TrafficLedger(topology=groups.topology, where=groups.where)
+        self.max_tokens: int | None = None
 
-    def _check(self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> WireFormat:
+    def expect(self, max_tokens: int | None) -> None:
+        self.max_tokens = max_tokens
+
+    def start_dispatch(
+        self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, range_T: Tensor | None = None
+    ) -> PendingDispatch:
+        raise NotImplementedError
+
+    def start_combine(self, outputs: Sequence[Tensor], handle: DispatchHandle) -> PendingCombine:
+        raise NotImplementedError
+
+    def dispatch_again(self, x_TH: Tensor, handle: DispatchHandle) -> Tensor:
+        raise NotImplementedError
+
+    def dispatch(
+        self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, range_T: Tensor | None = None
+    ) -> tuple[Received, DispatchHandle]:
+        pending = self.start_dispatch(x_TH, slots_TK, weights_TK, range_T)
+        (received,) = pending
+        return received, pending.handle
+
+    def combine(self, y_PH: Tensor, handle: DispatchHandle) -> Tensor:
+        outputs = torch.split(y_PH, list(handle.num_pairs)) if len(handle.num_pairs) > 1 else [y_PH]
+        return self.start_combine(outputs, handle).wait()
+
+    def _reduction(self, dtype: torch.dtype) -> Reduction:
+        if self.combine_mode == "fixed":
+            return FixedReduction(self.hidden, dtype)
+        return NodeReduction(self.hidden, dtype, self.combine_dtype)
+
+    # -- checks ------------------------------------------------------------------------------
+
+    def _check(
+        self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, range_T: Tensor | None
+    ) -> WireFormat:
         """The wire format for these arguments, or ValueError."""
         num_slots = self.topology.world_size * self.slots_per_rank
         if x_TH.dim() != 2 or x_TH.shape[1] != self.hidden or not x_TH.is_floating_point():
@@ -61,29 +112,95 @@ class BaseDispatcher:
             low, high = slots_TK.aminmax()
             if int(low) < -1 or int(high) >= num_slots:
                 raise ValueError(f"slots must be in [-1, {num_slots}), got {int(low)}..{int(high)}")
+        fixed = self.combine_mode == "fixed"
+        if fixed and (range_T is None or range_T.shape != shape[:1]):
+            got = "None" if range_T is None else _describe(range_T)
+            raise ValueError(f'combine "fixed" needs range_T fp32 {[shape[0]]}, got {got}')
         return WireFormat(
-            hidden=self.hidden, num_topk=shape[1], dtype=x_TH.dtype, float8=self.float8
+            hidden=self.hidden,
+            num_topk=shape[1],
+            dtype=x_TH.dtype,
+            codec=self.dispatch_dtype,
+            num_slots=num_slots,
+            with_range=fixed,
         )
 
-    def _check_outputs(self, y_PH: Tensor, num_pairs: int, dtype: torch.dtype) -> None:
-        if y_PH.dtype != dtype or tuple(y_PH.shape) != (num_pairs, self.hidden):
+    def _check_outputs(
+        self, outputs: Sequence[Tensor], handle: DispatchHandle, dtype: torch.dtype
+    ) -> None:
+        if len(outputs) != len(handle.num_pairs):
             raise ValueError(
-                f"y_PH must be {dtype} {[num_pairs, self.hidden]}, got {_describe(y_PH)}"
+                f"expected the outputs of {len(handle.num_pairs)} parts, got {len(outputs)}"
             )
+        for y_PH, num_pairs in zip(outputs, handle.num_pairs, strict=True):
+            if y_PH.dtype != dtype or tuple(y_PH.shape) != (num_pairs, self.hidden):
+                raise ValueError(
+                    f"y_PH must be {dtype} {[num_pairs, self.hidden]}, got {_describe(y_PH)}"
+                )
 
-    def _send(
-        self, stage: str, group: Group, x: Tensor, send: Sequence[int], recv: Sequence[int]
-    ) -> Tensor:
-        """An all-to-all, booked in the ledger as `stage`."""
-        row_bytes = x.element_size() * x[:1].numel() if len(x) else 0
-        for rank, rows in zip(group.ranks, send, strict=True):
-            self.ledger.record(stage, self.rank, rank, rows * row_bytes)
-        return group.all_to_all(x, send, recv)
+    # -- moving bytes, booked ----------------------------------------------------------------
 
-    def _exchange_counts(self, group: Group, counts: Tensor) -> Tensor:
-        """counts[j] is for member j; returns what every member has for me."""
-        ones = [1] * group.size
-        return self._send("counts", group, counts, ones, ones)
+    def _packed(
+        self,
+        wire: WireFormat,
+        x_TH: Tensor,
+        slots_TK: Tensor,
+        weights_TK: Tensor,
+        range_T: Tensor | None,
+    ) -> Iterator[Tensor]:
+        """Packed rows of my tokens, chunk by chunk; at least one, which may be empty."""
+        for lo in range(0, max(1, len(x_TH)), _CHUNK_TOKENS):
+            chunk = slice(lo, lo + _CHUNK_TOKENS)
+            ranges = range_T[chunk] if wire.with_range and range_T is not None else None
+            yield wire.pack(x_TH[chunk], slots_TK[chunk], weights_TK[chunk], ranges)
+
+    def _start(self, stage: str, group: Group, chunks: Iterable[Sequence[Tensor]]) -> "Booked":
+        return Booked(self, stage, group, chunks)
+
+    def _exchange(self, stage: str, group: Group, parts: Sequence[Tensor]) -> list[Tensor]:
+        return self._start(stage, group, [parts]).wait()
+
+
+class Booked:
+    """A PendingExchange whose bytes, waits and time on the wire are booked."""
+
+    def __init__(
+        self,
+        dispatcher: BaseDispatcher,
+        stage: str,
+        group: Group,
+        chunks: Iterable[Sequence[Tensor]],
+    ) -> None:
+        self._dispatcher, self._stage, self._group = dispatcher, stage, group
+        self._sent = [0] * group.size
+        self._trace = dispatcher.trace
+        self._started = time.perf_counter()
+        self._pending: PendingExchange = group.start_exchange(self._counted(chunks), stage)
+        ledger, rank = dispatcher.ledger, dispatcher.rank
+        for peer, num_bytes in zip(group.ranks, self._sent, strict=True):
+            ledger.record(stage, rank, peer, num_bytes)
+
+    def wait(self) -> list[Tensor]:
+        messages = self._pending.wait()
+        group, dispatcher = self._group, self._dispatcher
+        waits = self._pending.waits
+        dispatcher.ledger.record_waits(self._stage, dispatcher.rank, group.ranks, waits)
+        stream = "node" if group is dispatcher.groups.node else "network"
+        self._trace.add(
+            stream, self._stage, self._started, self._pending.finished, bytes=sum(self._sent)
+        )
+        return messages
+
+    def _counted(self, chunks: Iterable[Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
+        for parts in chunks:
+            for i, part in enumerate(parts):
+                self._sent[i] += part.numel()
+            yield parts
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def _describe(x: Tensor) -> str:

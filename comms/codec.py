@@ -28,14 +28,11 @@ class WireFormat:
     hidden: int
     num_topk: int
     dtype: torch.dtype
-    codec: str = "bfloat16"
-    num_slots: int = 2**31
+    codec: str
+    num_slots: int
     with_range: bool = False
-    float8: bool = False  # transitional, as are the defaults above
 
     def __post_init__(self) -> None:
-        if self.float8:
-            object.__setattr__(self, "codec", "float8")
         if self.codec not in CODECS:
             raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
 
@@ -102,18 +99,3 @@ class WireFormat:
 
 def _bytes_of(x_RC: Tensor) -> Tensor:
     return as_bytes(x_RC).view(x_RC.shape[0], x_RC.shape[1] * x_RC.element_size())
-
-
-def quantize(x_RH: Tensor) -> tuple[Tensor, Tensor]:
-    """Transitional: q_RH (float8_e4m3fn) and scales_RB (fp32) of codec "float8"."""
-    hidden = x_RH.shape[1]
-    rows, first = CODECS["float8"].encode(x_RH), aligned(hidden, 4)
-    return rows[:, :hidden].view(torch.float8_e4m3fn), elements(rows[:, first:], torch.float32)
-
-
-def dequantize(q_RH: Tensor, scales_RB: Tensor, dtype: torch.dtype) -> Tensor:
-    """Transitional: the inverse of `quantize`."""
-    num_rows, hidden = q_RH.shape
-    padding = torch.zeros((num_rows, aligned(hidden, 4) - hidden), dtype=torch.uint8)
-    rows = torch.cat([q_RH.view(torch.uint8), padding, _bytes_of(scales_RB)], dim=1)
-    return CODECS["float8"].decode(rows, hidden, dtype)

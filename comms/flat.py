@@ -2,97 +2,153 @@
 
 Legend: T my tokens, H hidden, K top-k, R received rows, P pairs.
 
-    dispatch   counts, then one packed row per (token, rank)           world all-to-all, twice
-    combine    "node": one fp32 partial sum per (token, rank)          world all-to-all, once
+    dispatch   one packed row per (token, rank)                        one exchange over the world
+    combine    "node", "fixed": one 4-byte partial sum per (token, rank)   one exchange
                "exact": one row per (token, k) in the model's dtype
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from comms.base import BaseDispatcher
+from comms.base import BaseDispatcher, Booked
+from comms.codec import WireFormat
+from comms.codecs import CODECS
 from comms.dispatcher import DispatchHandle, Received
+from comms.reduction import Reduction
 from comms.routes import (
     RowRoute,
-    pairs_per_source,
+    pair_positions,
+    pairs_per_segment,
     route_pairs,
     route_rows,
-    sum_parts,
     weighted_sum,
 )
+from comms.sizes import as_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlatHandle(DispatchHandle):
-    """sent: my rows by destination rank. destinations_TK: the rank of each entry. The rest is
-    about what I received: rows per source rank, local slots and weights."""
+    """sent: my rows by destination rank. ranks_TK: the rank of each entry. recv_counts: rows that
+    I received, by source rank; local slots, weights and ranges of those rows."""
 
-    dtype: torch.dtype
+    wire: WireFormat
+    reduction: Reduction
     sent: RowRoute
-    destinations_TK: Tensor
+    ranks_TK: Tensor
     recv_counts: list[int]
     local_slots_RK: Tensor
     weights_RK: Tensor
+    range_R: Tensor | None
 
 
 class FlatDispatcher(BaseDispatcher):
-    """TokenDispatcher over one world all-to-all. Bit-equal to the hierarchical one."""
+    """TokenDispatcher over one world exchange. Bit-equal to the hierarchical one."""
 
-    def dispatch(
-        self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor
-    ) -> tuple[Received, FlatHandle]:
-        wire = self._check(x_TH, slots_TK, weights_TK)
-        world = self.groups.world
-        destinations_TK = slots_TK.div(self.slots_per_rank, rounding_mode="floor")
-        sent = route_rows(destinations_TK, world.size)
-        recv_counts = self._exchange_counts(world, torch.tensor(sent.counts)).tolist()
-        packed = wire.pack(x_TH, slots_TK, weights_TK)[sent.rows]
-        rows = self._send("dispatch", world, packed, sent.counts, recv_counts)
-        slots_RK = wire.unpack_slots(rows) - self.rank * self.slots_per_rank
+    def start_dispatch(
+        self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, range_T: Tensor | None = None
+    ) -> "RowsInFlight":
+        wire = self._check(x_TH, slots_TK, weights_TK, range_T)
+        ranks_TK = slots_TK.div(self.slots_per_rank, rounding_mode="floor")
+        sent = route_rows(ranks_TK, self.topology.world_size)
+        rows = self._packed(wire, x_TH, slots_TK, weights_TK, range_T)
+        exchange = self._start("dispatch", self.groups.world, sent.of_chunks(rows))
+        handle = FlatHandle(
+            num_pairs=(),
+            weights_TK=weights_TK,
+            range_T=range_T,
+            wire=wire,
+            reduction=self._reduction(x_TH.dtype),
+            sent=sent,
+            ranks_TK=ranks_TK,
+            recv_counts=[],
+            local_slots_RK=slots_TK[:0],
+            weights_RK=weights_TK[:0],
+            range_R=None,
+        )
+        return RowsInFlight(self, handle, exchange)
+
+    def dispatch_again(self, x_TH: Tensor, handle: DispatchHandle) -> Tensor:
+        handle = self._own(handle)
+        packed = CODECS[handle.wire.codec].encode(x_TH)
+        parts = [packed[rows].reshape(-1) for rows in handle.sent.parts]
+        arrived = self._exchange("dispatch", self.groups.world, parts)
+        return handle.wire.unpack_x(torch.cat(arrived).view(-1, packed.shape[1]))
+
+    def start_combine(self, outputs: Sequence[Tensor], handle: DispatchHandle) -> "PartsInFlight":
+        handle = self._own(handle)
+        self._check_outputs(outputs, handle, handle.wire.dtype)
+        (rows,), counts = outputs, handle.recv_counts
+        if self.combine_mode == "exact":
+            counts = pairs_per_segment(handle.local_slots_RK, counts)
+        else:
+            positions_RK = pair_positions(handle.local_slots_RK)
+            rows = handle.reduction.partial(rows, positions_RK, handle.weights_RK, handle.range_R)
+        messages = [as_bytes(part) for part in torch.split(rows, counts)]
+        return PartsInFlight(self, handle, self._start("combine", self.groups.world, [messages]))
+
+    def arrive(self, messages: list[Tensor], handle: FlatHandle) -> tuple[Received, FlatHandle]:
+        """What the ranks sent me, and the handle that knows of it."""
+        wire = handle.wire
+        rows_RB = torch.cat(messages).view(-1, wire.row_bytes)
+        slots_RK = wire.unpack_slots(rows_RB) - self.rank * self.slots_per_rank
         mine_RK = (slots_RK >= 0) & (slots_RK < self.slots_per_rank)
         local_slots_RK = torch.where(mine_RK, slots_RK, -1)
-        handle = FlatHandle(
-            num_pairs=int(mine_RK.sum()),
-            weights_TK=weights_TK,
-            dtype=x_TH.dtype,
-            sent=sent,
-            destinations_TK=destinations_TK,
-            recv_counts=recv_counts,
+        received = Received(x_RH=wire.unpack_x(rows_RB), local_slots_RK=local_slots_RK)
+        return received, replace(
+            handle,
+            num_pairs=(int(mine_RK.sum()),),
+            recv_counts=[message.numel() // wire.row_bytes for message in messages],
             local_slots_RK=local_slots_RK,
-            weights_RK=wire.unpack_weights(rows),
+            weights_RK=wire.unpack_weights(rows_RB),
+            range_R=wire.unpack_range(rows_RB) if wire.with_range else None,
         )
-        return Received(x_RH=wire.unpack_x(rows), local_slots_RK=local_slots_RK), handle
 
-    def combine(self, y_PH: Tensor, handle: DispatchHandle) -> Tensor:
+    def finish(self, messages: list[Tensor], handle: FlatHandle) -> Tensor:
+        """out_TH from what the ranks sent home."""
+        dtype, num_tokens = handle.wire.dtype, len(handle.weights_TK)
+        if self.combine_mode == "exact":
+            pairs_PH = torch.cat(messages).view(dtype).view(-1, self.hidden)
+            route = route_pairs(handle.ranks_TK, self.topology.world_size)
+            return weighted_sum(pairs_PH, route.positions_RK, handle.weights_TK).to(dtype)
+        reduction, topology = handle.reduction, self.topology
+        partials = [
+            m.view(reduction.partial_dtype).view(-1, reduction.partial_columns) for m in messages
+        ]
+        everything = torch.arange(num_tokens)
+        sums = []
+        for node in range(topology.num_nodes):
+            first, last = topology.node_ranks(node)[0], topology.node_ranks(node)[-1] + 1
+            of_node = partials[first:last]
+            sum_TH = reduction.node_sum(of_node, handle.sent.parts[first:last], num_tokens)
+            sums.append(reduction.decode(reduction.encode(sum_TH), num_tokens))
+        rows = [everything] * topology.num_nodes
+        return reduction.total(sums, rows, handle.range_T, num_tokens)
+
+    def _own(self, handle: DispatchHandle) -> FlatHandle:
         if not isinstance(handle, FlatHandle):
             raise ValueError(f"not a handle of this dispatcher: {type(handle).__name__}")
-        self._check_outputs(y_PH, handle.num_pairs, handle.dtype)
-        total_TH = (
-            self._combine_exact(y_PH, handle)
-            if self.combine_mode == "exact"
-            else self._combine_by_node(y_PH, handle)
-        )
-        return total_TH.to(handle.dtype)
+        return handle
 
-    def _combine_exact(self, y_PH: Tensor, handle: FlatHandle) -> Tensor:
-        world = self.groups.world
-        returns = pairs_per_source(handle.local_slots_RK, handle.recv_counts)
-        route = route_pairs(handle.destinations_TK, world.size)
-        pairs_PH = self._send("combine", world, y_PH, returns, route.counts)
-        return weighted_sum(pairs_PH, route.positions_RK, handle.weights_TK)
 
-    def _combine_by_node(self, y_PH: Tensor, handle: FlatHandle) -> Tensor:
-        world, sent = self.groups.world, handle.sent
-        positions_RK = route_pairs(handle.local_slots_RK.clamp(max=0), 1).positions_RK
-        partial_RH = weighted_sum(y_PH, positions_RK, handle.weights_RK)
-        back = self._send("combine", world, partial_RH, handle.recv_counts, sent.counts)
-        parts = list(torch.split(back, sent.counts))
-        num_tokens = handle.weights_TK.shape[0]
-        total_TH = torch.zeros((num_tokens, self.hidden), dtype=torch.float32)
-        for node in range(self.topology.num_nodes):
-            ranks = slice(self.topology.node_ranks(node)[0], self.topology.node_ranks(node)[-1] + 1)
-            of_node = sum_parts(parts[ranks], sent.parts[ranks], num_tokens, self.hidden)
-            total_TH += of_node.to(handle.dtype)
-        return total_TH
+class RowsInFlight:
+    """PendingDispatch: packed rows on their way to every rank."""
+
+    def __init__(self, dispatcher: FlatDispatcher, handle: FlatHandle, exchange: Booked) -> None:
+        self.handle, self._dispatcher, self._exchange = handle, dispatcher, exchange
+
+    def __iter__(self) -> Iterator[Received]:
+        received, self.handle = self._dispatcher.arrive(self._exchange.wait(), self.handle)
+        yield received
+
+
+class PartsInFlight:
+    """PendingCombine: partial sums or pairs on their way home."""
+
+    def __init__(self, dispatcher: FlatDispatcher, handle: FlatHandle, exchange: Booked) -> None:
+        self._dispatcher, self._handle, self._exchange = dispatcher, handle, exchange
+
+    def wait(self) -> Tensor:
+        return self._dispatcher.finish(self._exchange.wait(), self._handle)

@@ -1,169 +1,312 @@
 """The hierarchical dispatcher: one copy of a token per node, one sum back per node.
 
-Legend: T my tokens, H hidden, K top-k, R received rows, V rows on my rail, N nodes, L local ranks,
-P pairs.
+Legend: T my tokens, H hidden, K top-k, R received rows, V rows on my rail, P pairs, B bytes of a
+packed row.
 
     dispatch   exchange  rail: my token, packed, once to every node it needs
                scatter   node: the same bytes on to every rank of this node that hosts a slot
-    combine    reduce    node: each rank's weighted sum in fp32 goes to the rail rank, which adds
-                         them in rank order and rounds once
+    combine    reduce    node: each rank's weighted sum goes to the rail rank, which adds them up
                exchange  rail: one row per (token, node) goes home, and is added in node order
 
 A token's *rail rank* at a node is the rank there with the local rank of its origin. The first
 stage of other systems, gathering tokens to their rail, costs nothing here: after a reduce-scatter
 every token already sits on one. With combine "exact" both ways back carry a row per (token, k).
+
+Nothing is negotiated before: messages describe themselves, and each row carries its *address*,
+source rank * stride + token, by which the experts' rank sorts what its node peers forward.
+
+A dispatch comes in one part, or in two when that hides time: rows whose origin is this node go
+through `scatter` and their experts while the others are still on the rail; on the way back the
+others leave first.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from comms.base import BaseDispatcher
+from comms.base import BaseDispatcher, Booked
 from comms.codec import WireFormat
+from comms.codecs import CODECS
 from comms.dispatcher import DispatchHandle, Received
+from comms.reduction import Reduction
 from comms.routes import (
     RowRoute,
+    pair_positions,
     pairs_in_row_order,
-    pairs_per_source,
+    pairs_per_segment,
     route_pairs,
     route_rows,
-    sum_parts,
     weighted_sum,
 )
+from comms.sizes import as_bytes
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+_ADDRESS_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Rows of some source nodes, on the rail and at the experts of this rank.
+
+    On the rail: rail_counts by source, the local ranks of each entry, `forwarded` by local rank.
+    At the experts, rows in order of address: `received` are those that each local rank forwarded, in
+    its order; addresses, local slots, weights and ranges.
+    """
+
+    sources: tuple[int, ...]
+    rail_counts: list[int]
+    local_ranks_VK: Tensor
+    forwarded: RowRoute
+    received: list[Tensor]
+    address_R: Tensor
+    local_slots_RK: Tensor
+    weights_RK: Tensor
+    range_R: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class HierarchicalHandle(DispatchHandle):
-    """At the origin: `sent` by node, nodes_TK. On the rail: `rail_counts` by source node, `forwarded`
-    by local rank, local_ranks_VK. At the experts: rows by sending local rank, `order` that sorts
-    them by source rank, local slots and weights (sorted)."""
+    """At the origin: `sent` by node, nodes_TK. Elsewhere: `parts`."""
 
-    dtype: torch.dtype
+    wire: WireFormat
+    reduction: Reduction
     sent: RowRoute
     nodes_TK: Tensor
-    rail_counts: list[int]
-    forwarded: RowRoute
-    local_ranks_VK: Tensor
-    recv_counts: list[int]
-    order: Tensor
-    local_slots_RK: Tensor
-    weights_RK: Tensor
+    parts: tuple[Part, ...]
 
 
 class HierarchicalDispatcher(BaseDispatcher):
     """TokenDispatcher in two tiers: rails between nodes, shared memory within."""
 
-    def dispatch(
-        self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor
-    ) -> tuple[Received, HierarchicalHandle]:
-        wire = self._check(x_TH, slots_TK, weights_TK)
-        rail, topology = self.groups.rail, self.topology
-        slots_per_node = topology.ranks_per_node * self.slots_per_rank
+    overlap = False  # two parts, not one; the same on all ranks
+
+    @property
+    def stride(self) -> int:
+        """Address of a rank's first token: rank * stride. Room for as many tokens as int32 has."""
+        return (1 << 31) // self.topology.world_size
+
+    def start_dispatch(
+        self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, range_T: Tensor | None = None
+    ) -> "TokensInFlight":
+        wire = self._check(x_TH, slots_TK, weights_TK, range_T)
+        slots_per_node = self.topology.ranks_per_node * self.slots_per_rank
         nodes_TK = slots_TK.div(slots_per_node, rounding_mode="floor")
-        sent = route_rows(nodes_TK, topology.num_nodes)
-        rail_counts = self._exchange_counts(rail, torch.tensor(sent.counts)).tolist()
-        packed = wire.pack(x_TH, slots_TK, weights_TK)[sent.rows]
-        rail_rows = self._send("dispatch/exchange", rail, packed, sent.counts, rail_counts)
-
-        slots_VK = wire.unpack_slots(rail_rows) - rail.idx * slots_per_node
-        here_VK = (slots_VK >= 0) & (slots_VK < slots_per_node)
-        local_ranks_VK = torch.where(here_VK, slots_VK // self.slots_per_rank, -1)
-        forwarded = route_rows(local_ranks_VK, topology.ranks_per_node)
-        rows, recv_counts, order = self._scatter(rail_rows, rail_counts, forwarded)
-
-        received, weights_RK = self._unpack(wire, rows[order])
+        sent = route_rows(nodes_TK, self.topology.num_nodes)
         handle = HierarchicalHandle(
-            num_pairs=int((received.local_slots_RK >= 0).sum()),
+            num_pairs=(),
             weights_TK=weights_TK,
-            dtype=x_TH.dtype,
+            range_T=range_T,
+            wire=wire,
+            reduction=self._reduction(x_TH.dtype),
             sent=sent,
             nodes_TK=nodes_TK,
-            rail_counts=rail_counts,
-            forwarded=forwarded,
-            local_ranks_VK=local_ranks_VK,
-            recv_counts=recv_counts,
-            order=order,
-            local_slots_RK=received.local_slots_RK,
-            weights_RK=weights_RK,
+            parts=(),
         )
-        return received, handle
+        own: list[Tensor] = []
+        rows = self._packed(wire, x_TH, slots_TK, weights_TK, range_T)
+        chunks = _set_aside(sent.of_chunks(self._addressed(rows)), self.groups.rail.idx, own)
+        exchange = self._start("dispatch/exchange", self.groups.rail, chunks)
+        return TokensInFlight(self, handle, exchange, torch.cat(own))
 
-    def combine(self, y_PH: Tensor, handle: DispatchHandle) -> Tensor:
+    def dispatch_again(self, x_TH: Tensor, handle: DispatchHandle) -> Tensor:
+        handle = self._own(handle)
+        codec = CODECS[handle.wire.codec]
+        sent = codec.encode(x_TH)
+        messages = [sent[rows].reshape(-1) for rows in handle.sent.parts]
+        arrived = self._exchange("dispatch/exchange", self.groups.rail, messages)
+        again = []
+        for part in handle.parts:
+            on_rail = _rows([arrived[source] for source in part.sources], sent.shape[1])
+            rows = _rows(self._scatter(on_rail, part.forwarded), sent.shape[1])
+            in_order = torch.empty_like(rows).index_copy_(0, torch.cat(part.received), rows)
+            x_RH = codec.decode(in_order, self.hidden, x_TH.dtype)
+            again.append(self._hand_over(x_RH, part).x_RH)
+        return torch.cat(again)
+
+    def start_combine(self, outputs: Sequence[Tensor], handle: DispatchHandle) -> "SumsInFlight":
+        handle = self._own(handle)
+        self._check_outputs(outputs, handle, handle.wire.dtype)
+        rail = self.groups.rail
+        to_rail = self._pairs_to_rail if self.combine_mode == "exact" else self._sums_to_rail
+        messages = [_NOTHING] * rail.size
+        exchange = None
+        for part, y_PH in reversed(list(zip(handle.parts, outputs, strict=True))):
+            for source, message in zip(part.sources, to_rail(part, y_PH, handle), strict=True):
+                messages[source] = message
+            if exchange is None:  # rows of other nodes have the longer way: they leave at once
+                away = [_NOTHING if i == rail.idx else m for i, m in enumerate(messages)]
+                exchange = self._start("combine/exchange", rail, [away])
+        assert exchange is not None, "a dispatch has at least one part"
+        return SumsInFlight(self, handle, exchange, messages[rail.idx])
+
+    # -- dispatch: from the rail to the experts ------------------------------------------------
+
+    def arrive(
+        self, sources: Sequence[int], messages: Sequence[Tensor], wire: WireFormat
+    ) -> tuple[Received, Part]:
+        """Scatter what came over the rail from `sources`; collective over the node."""
+        row_bytes = wire.row_bytes + _ADDRESS_BYTES
+        on_rail = _rows(messages, row_bytes)
+        local_ranks_VK = self._local_ranks(wire.unpack_slots(on_rail))
+        forwarded = route_rows(local_ranks_VK, self.groups.node.size)
+        arrived = self._scatter(on_rail, forwarded)
+        rows_RB = _rows(arrived, row_bytes)
+        order = torch.argsort(_address(rows_RB))
+        places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
+        rows_RB = rows_RB[order]
+
+        slots_RK = wire.unpack_slots(rows_RB) - self.rank * self.slots_per_rank
+        mine_RK = (slots_RK >= 0) & (slots_RK < self.slots_per_rank)
+        part = Part(
+            sources=tuple(sources),
+            rail_counts=[message.numel() // row_bytes for message in messages],
+            local_ranks_VK=local_ranks_VK,
+            forwarded=forwarded,
+            received=list(torch.split(places, [m.numel() // row_bytes for m in arrived])),
+            address_R=_address(rows_RB),
+            local_slots_RK=torch.where(mine_RK, slots_RK, -1),
+            weights_RK=wire.unpack_weights(rows_RB),
+            range_R=wire.unpack_range(rows_RB) if wire.with_range else None,
+        )
+        return self._hand_over(wire.unpack_x(rows_RB), part), part
+
+    def _local_ranks(self, slots_VK: Tensor) -> Tensor:
+        """The local rank of each entry that is on this node, -1 for the others."""
+        node = self.groups.node
+        first = self.groups.rail.idx * node.size * self.slots_per_rank
+        ranks_VK = (slots_VK - first).div(self.slots_per_rank, rounding_mode="floor")
+        return torch.where((ranks_VK >= 0) & (ranks_VK < node.size) & (slots_VK >= 0), ranks_VK, -1)
+
+    def _scatter(self, on_rail: Tensor, forwarded: RowRoute) -> list[Tensor]:
+        """Flat rows that each local rank forwards to me."""
+        messages = [on_rail[rows].reshape(-1) for rows in forwarded.parts]
+        return self._exchange("dispatch/scatter", self.groups.node, messages)
+
+    def _hand_over(self, x_RH: Tensor, part: Part) -> Received:
+        """Rows in order of address, as the experts get them."""
+        return Received(x_RH=x_RH, local_slots_RK=part.local_slots_RK)
+
+    # -- combine: from the experts to the rail, and home -----------------------------------------
+
+    def _sums_to_rail(self, part: Part, y_PH: Tensor, handle: HierarchicalHandle) -> list[Tensor]:
+        """Encoded node sums for each source node of the part."""
+        reduction = handle.reduction
+        positions_RK = pair_positions(part.local_slots_RK)
+        partial_RH = reduction.partial(y_PH, positions_RK, part.weights_RK, part.range_R)
+        messages = [as_bytes(partial_RH[rows]) for rows in part.received]
+        arrived = self._exchange("combine/reduce", self.groups.node, messages)
+        partials = [
+            m.view(reduction.partial_dtype).view(-1, reduction.partial_columns) for m in arrived
+        ]
+        sum_VH = reduction.node_sum(partials, part.forwarded.parts, len(part.local_ranks_VK))
+        return [reduction.encode(rows) for rows in torch.split(sum_VH, part.rail_counts)]
+
+    def _pairs_to_rail(self, part: Part, y_PH: Tensor, handle: HierarchicalHandle) -> list[Tensor]:
+        """Every pair's row for each source node of the part, by (token, k)."""
+        positions_RK = pair_positions(part.local_slots_RK)
+        pairs = [pairs_in_row_order(positions_RK[rows]) for rows in part.received]
+        messages = [as_bytes(y_PH[of_rank]) for of_rank in pairs]
+        arrived = self._exchange("combine/reduce", self.groups.node, messages)
+        pairs_PH = torch.cat(arrived).view(y_PH.dtype).view(-1, self.hidden)
+        forward = route_pairs(part.local_ranks_VK, self.groups.node.size)
+        at_rail_PH = pairs_PH[pairs_in_row_order(forward.positions_RK)]
+        counts = pairs_per_segment(part.local_ranks_VK, part.rail_counts)
+        return [as_bytes(rows) for rows in torch.split(at_rail_PH, counts)]
+
+    def finish(self, messages: list[Tensor], handle: HierarchicalHandle) -> Tensor:
+        """out_TH from what the nodes sent home, in node order."""
+        dtype, num_tokens = handle.wire.dtype, len(handle.weights_TK)
+        if self.combine_mode == "exact":
+            pairs_PH = torch.cat(messages).view(dtype).view(-1, self.hidden)
+            route = route_pairs(handle.nodes_TK, self.topology.num_nodes)
+            return weighted_sum(pairs_PH, route.positions_RK, handle.weights_TK).to(dtype)
+        reduction, sent = handle.reduction, handle.sent
+        sums = [reduction.decode(m, n) for m, n in zip(messages, sent.counts, strict=True)]
+        return reduction.total(sums, sent.parts, handle.range_T, num_tokens)
+
+    def _addressed(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Packed rows of my tokens with their addresses, as the last four bytes."""
+        address = self.rank * self.stride
+        for rows in chunks:
+            address_T = torch.arange(address, address + len(rows), dtype=torch.int32)
+            yield torch.cat([rows, address_T[:, None].view(torch.uint8)], dim=1)
+            address += len(rows)
+
+    def _own(self, handle: DispatchHandle) -> HierarchicalHandle:
         if not isinstance(handle, HierarchicalHandle):
             raise ValueError(f"not a handle of this dispatcher: {type(handle).__name__}")
-        self._check_outputs(y_PH, handle.num_pairs, handle.dtype)
-        total_TH = (
-            self._combine_exact(y_PH, handle)
-            if self.combine_mode == "exact"
-            else self._combine_by_node(y_PH, handle)
-        )
-        return total_TH.to(handle.dtype)
+        return handle
 
-    def _scatter(
-        self, rail_rows: Tensor, rail_counts: list[int], forwarded: RowRoute
-    ) -> tuple[Tensor, list[int], Tensor]:
-        """Rows by (local rank that forwards, source node, token), their counts by local rank, and
-        the order that sorts them by (source rank, token)."""
-        node, num_nodes = self.groups.node, self.topology.num_nodes
-        source_V = torch.repeat_interleave(torch.arange(num_nodes), torch.tensor(rail_counts))
-        targets = torch.repeat_interleave(torch.arange(node.size), torch.tensor(forwarded.counts))
-        counts_LN = torch.bincount(
-            targets * num_nodes + source_V[forwarded.rows], minlength=node.size * num_nodes
-        ).view(node.size, num_nodes)
-        counts_LN = self._exchange_counts(node, counts_LN)
-        recv_counts = counts_LN.sum(dim=1).tolist()
-        rows = self._send(
-            "dispatch/scatter", node, rail_rows[forwarded.rows], forwarded.counts, recv_counts
-        )
-        source_rank_LN = torch.arange(num_nodes) * node.size + torch.arange(node.size)[:, None]
-        source_rank_R = torch.repeat_interleave(source_rank_LN.reshape(-1), counts_LN.reshape(-1))
-        return rows, recv_counts, torch.sort(source_rank_R, stable=True).indices
 
-    def _unpack(self, wire: WireFormat, rows: Tensor) -> tuple[Received, Tensor]:
-        slots_RK = wire.unpack_slots(rows) - self.rank * self.slots_per_rank
-        mine_RK = (slots_RK >= 0) & (slots_RK < self.slots_per_rank)
-        local_slots_RK = torch.where(mine_RK, slots_RK, -1)
-        received = Received(x_RH=wire.unpack_x(rows), local_slots_RK=local_slots_RK)
-        return received, wire.unpack_weights(rows)
+class TokensInFlight:
+    """PendingDispatch: packed rows on the rail; those of my own node are at hand."""
 
-    def _combine_by_node(self, y_PH: Tensor, handle: HierarchicalHandle) -> Tensor:
-        node, rail = self.groups.node, self.groups.rail
-        sent, forwarded = handle.sent, handle.forwarded
-        positions_RK = route_pairs(handle.local_slots_RK.clamp(max=0), 1).positions_RK
-        partial_RH = torch.empty((len(positions_RK), self.hidden), dtype=torch.float32)
-        partial_RH[handle.order] = weighted_sum(y_PH, positions_RK, handle.weights_RK)
-        partials = self._send(
-            "combine/reduce", node, partial_RH, handle.recv_counts, forwarded.counts
-        )
-        parts = list(torch.split(partials, forwarded.counts))
-        num_rail_rows = len(handle.local_ranks_VK)
-        sum_VH = sum_parts(parts, forwarded.parts, num_rail_rows, self.hidden)
-        home = self._send(
-            "combine/exchange", rail, sum_VH.to(handle.dtype), handle.rail_counts, sent.counts
-        )
-        of_node = list(torch.split(home, sent.counts))
-        return sum_parts(of_node, sent.parts, len(handle.weights_TK), self.hidden)
+    def __init__(
+        self,
+        dispatcher: HierarchicalDispatcher,
+        handle: HierarchicalHandle,
+        exchange: Booked,
+        own: Tensor,
+    ) -> None:
+        self.handle = handle
+        self._dispatcher, self._exchange, self._own = dispatcher, exchange, own
+        self._split = dispatcher.overlap and dispatcher.topology.num_nodes > 1
 
-    def _combine_exact(self, y_PH: Tensor, handle: HierarchicalHandle) -> Tensor:
-        node, rail = self.groups.node, self.groups.rail
-        positions_RK = route_pairs(handle.local_slots_RK.clamp(max=0), 1).positions_RK
-        as_received_RK = torch.empty_like(positions_RK)
-        as_received_RK[handle.order] = positions_RK
-        forward = route_pairs(handle.local_ranks_VK, node.size)
-        at_rail = self._send(
-            "combine/reduce",
-            node,
-            y_PH[pairs_in_row_order(as_received_RK)],
-            pairs_per_source(as_received_RK, handle.recv_counts),
-            forward.counts,
+    def __iter__(self) -> Iterator[Received]:
+        rail = self._dispatcher.groups.rail
+        if self._split:
+            yield self._arrive([rail.idx], [self._own])
+        messages = self._exchange.wait()
+        messages[rail.idx] = self._own
+        sources = [i for i in range(rail.size) if i != rail.idx or not self._split]
+        yield self._arrive(sources, [messages[i] for i in sources])
+
+    def _arrive(self, sources: list[int], messages: list[Tensor]) -> Received:
+        received, part = self._dispatcher.arrive(sources, messages, self.handle.wire)
+        num_pairs = int((part.local_slots_RK >= 0).sum())
+        self.handle = replace(
+            self.handle,
+            parts=(*self.handle.parts, part),
+            num_pairs=(*self.handle.num_pairs, num_pairs),
         )
-        route = route_pairs(handle.nodes_TK, rail.size)
-        home = self._send(
-            "combine/exchange",
-            rail,
-            at_rail[pairs_in_row_order(forward.positions_RK)],
-            pairs_per_source(handle.local_ranks_VK, handle.rail_counts),
-            route.counts,
-        )
-        return weighted_sum(home, route.positions_RK, handle.weights_TK)
+        return received
+
+
+class SumsInFlight:
+    """PendingCombine: node sums on the rail; those of my own node are at hand."""
+
+    def __init__(
+        self,
+        dispatcher: HierarchicalDispatcher,
+        handle: HierarchicalHandle,
+        exchange: Booked,
+        own: Tensor,
+    ) -> None:
+        self._dispatcher, self._handle = dispatcher, handle
+        self._exchange, self._own = exchange, own
+
+    def wait(self) -> Tensor:
+        messages = self._exchange.wait()
+        messages[self._dispatcher.groups.rail.idx] = self._own
+        return self._dispatcher.finish(messages, self._handle)
+
+
+def _set_aside(
+    chunks: Iterable[list[Tensor]], idx: int, own: list[Tensor]
+) -> Iterator[list[Tensor]]:
+    """The chunks without part `idx`, which goes to `own`."""
+    for parts in chunks:
+        own.append(parts[idx])
+        parts[idx] = _NOTHING
+        yield parts
+
+
+def _rows(messages: Sequence[Tensor], row_bytes: int) -> Tensor:
+    flat = messages[0] if len(messages) == 1 else torch.cat(list(messages))
+    return flat.view(-1, row_bytes)
+
+
+def _address(rows_RB: Tensor) -> Tensor:
+    return rows_RB[:, -_ADDRESS_BYTES:].contiguous().view(torch.int32)[:, 0].long()

@@ -1,34 +1,23 @@
 """Dispatchers by the name that configuration uses."""
 
-from comms.dispatcher import CombineMode, DispatchDtype, TokenDispatcher, TrafficLedger
+from typing import Any
+
+from comms.base import BaseDispatcher
+from comms.dispatcher import TokenDispatcher
 from comms.flat import FlatDispatcher
 from comms.groups import ParallelGroups
 from comms.hierarchical import HierarchicalDispatcher
+from comms.low_latency import LowLatencyDispatcher
 
-DISPATCHERS: dict[str, type[FlatDispatcher] | type[HierarchicalDispatcher]] = {
+DISPATCHERS: dict[str, type[BaseDispatcher]] = {
     "flat": FlatDispatcher,
     "hierarchical": HierarchicalDispatcher,
+    "low_latency": LowLatencyDispatcher,
 }
 
 
-def make_dispatcher(
-    name: str,
-    groups: ParallelGroups,
-    *,
-    slots_per_rank: int,
-    hidden: int,
-    dispatch_dtype: DispatchDtype = "bfloat16",
-    combine: CombineMode = "node",
-    ledger: TrafficLedger | None = None,
-) -> TokenDispatcher:
-    """Raises ValueError naming the dispatchers there are."""
+def make_dispatcher(name: str, groups: ParallelGroups, **options: Any) -> TokenDispatcher:
+    """Options as in `BaseDispatcher`. Raises ValueError naming the dispatchers there are."""
     if name not in DISPATCHERS:
         raise ValueError(f"all2all_backend must be one of {sorted(DISPATCHERS)}, got {name!r}")
-    return DISPATCHERS[name](
-        groups,
-        slots_per_rank=slots_per_rank,
-        hidden=hidden,
-        dispatch_dtype=dispatch_dtype,
-        combine=combine,
-        ledger=ledger,
-    )
+    return DISPATCHERS[name](groups, **options)

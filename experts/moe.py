@@ -3,18 +3,23 @@
     x_TH --gate--> experts of each token --placement--> slots
          --dispatch--> rows for my slots --experts--> outputs --combine--> out_TH (+ shared expert)
 
+`steps` stops whenever its tokens are in flight, so that another micro-batch can compute meanwhile.
+Inside one, rows of the own node are computed while others are in flight (if the dispatcher brings
+them in two parts), and the shared expert while outputs are on their way home.
+
 T my tokens, H hidden, K experts per token, R received rows, P pairs for my slots, S my slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from comms.dispatcher import TokenDispatcher
+from comms.dispatcher import Received, TokenDispatcher
+from experts.gains import token_ranges
 from experts.grouped import run_experts
 from experts.linear import stable_linear
 from experts.weights import ExpertSlots
@@ -29,11 +34,22 @@ def untimed(_name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def finish(steps: Generator[None, None, Tensor]) -> Tensor:
+    """Run to the end what stops at points where others could run; its result."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as stop:
+        result: Tensor = stop.value
+        return result
+
+
 class MoELayer:
     """The layer as seen by one rank. Collective: every rank calls forward, also with no tokens.
 
     `rank` is this rank in the world. `tokens_per_slot_S` counts (token, expert) pairs computed
-    since the start. Raises ValueError if the slots are not as many as the placement gives a rank.
+    since the start. Set `gains_E`, the gains of all experts, for a dispatcher that combines "fixed".
+    Raises ValueError if the slots are not as many as the placement gives a rank.
     """
 
     def __init__(
@@ -54,22 +70,44 @@ class MoELayer:
         self.gate, self.slots, self.dispatcher = gate, slots, dispatcher
         self.layer_placement, self.rank = layer_placement, rank
         self.shared_expert, self.phase = shared_expert, phase
+        self.gains_E: Tensor | None = None
         self.tokens_per_slot_S = torch.zeros(slots.num_slots, dtype=torch.int64)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """out_TH in x's dtype: weighted routed experts plus the shared expert. T may be 0."""
+        return finish(self.steps(x_TH))
+
+    def steps(self, x_TH: Tensor) -> Generator[None, None, Tensor]:
+        """forward, which yields twice: with the tokens, and with the outputs in flight."""
         with self.phase("gate"):
             ids_TK, weights_TK = self.gate(x_TH, stable_linear)
             slots_TK = self.layer_placement.choose_slots(ids_TK, self.rank)
+            range_T = None
+            if self.gains_E is not None:
+                range_T = token_ranges(ids_TK, weights_TK, self.gains_E)
         with self.phase("dispatch"):
-            received, handle = self.dispatcher.dispatch(x_TH, slots_TK, weights_TK)
-        with self.phase("experts"):
-            y_PH = run_experts(received.x_RH, received.local_slots_RK, self.slots)
-            self._count(received.local_slots_RK)
-            shared_TH = self.shared_expert(x_TH) if self.shared_expert else None
+            pending = self.dispatcher.start_dispatch(x_TH, slots_TK, weights_TK, range_T)
+        yield
+        outputs = list(self._outputs(iter(pending)))
         with self.phase("combine"):
-            out_TH = self.dispatcher.combine(y_PH, handle)
+            returning = self.dispatcher.start_combine(outputs, pending.handle)
+        with self.phase("experts"):
+            shared_TH = self.shared_expert(x_TH) if self.shared_expert else None
+        yield
+        with self.phase("combine"):
+            out_TH = returning.wait()
         return out_TH if shared_TH is None else out_TH + shared_TH
+
+    def _outputs(self, parts: Iterator[Received]) -> Iterator[Tensor]:
+        """The experts' outputs of each part, as the parts arrive."""
+        while True:
+            with self.phase("dispatch"):
+                part = next(parts, None)
+            if part is None:
+                return
+            with self.phase("experts"):
+                self._count(part.local_slots_RK)
+                yield run_experts(part.x_RH, part.local_slots_RK, self.slots)
 
     def _count(self, local_slots_RK: Tensor) -> None:
         empty_first = torch.bincount(

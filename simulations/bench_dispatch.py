@@ -252,7 +252,7 @@ def layer_of(
         groups,
         slots_per_rank=slots_per_rank,
         hidden=hidden,
-        **scheme.options,  # type: ignore[arg-type]
+        **scheme.options,
     )
     my_gains_SH = problem.gains_EH[groups.rank * slots_per_rank :][:slots_per_rank]
 

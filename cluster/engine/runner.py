@@ -65,7 +65,7 @@ class Runner:
     def stats(self) -> dict[str, Any]:
         """Since the start: tokens through this rank's experts by MoE layer, bytes sent, seconds by
         phase; and the memory held."""
-        ledger = self.model.ledger
+        ledger = self.model.dispatcher.ledger
         return {
             "expert_load": self.model.expert_load(),
             "bytes": {

@@ -6,6 +6,7 @@ Shapes: T tokens of this replica in the step, N sequences, B blocks of the longe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,6 +43,24 @@ class ForwardBatch:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids_T)
+
+    def split(self, parts: int) -> list[ForwardBatch]:
+        """As `parts` batches of consecutive tokens, as equal as can be; some may be empty."""
+        if parts == 1:
+            return [self]
+        ends = [self.num_tokens * i // parts for i in range(parts + 1)]
+        return [self._tokens(lo, hi) for lo, hi in pairwise(ends)]
+
+    def _tokens(self, lo: int, hi: int) -> ForwardBatch:
+        wanted = (self.logit_rows >= lo) & (self.logit_rows < hi)
+        return ForwardBatch(
+            token_ids_T=self.token_ids_T[lo:hi],
+            positions_T=self.positions_T[lo:hi],
+            kv_slots_T=self.kv_slots_T[lo:hi],
+            block_tables_NB=self.block_tables_NB,
+            sequence_T=self.sequence_T[lo:hi],
+            logit_rows=self.logit_rows[wanted] - lo,
+        )
 
     @staticmethod
     def empty() -> ForwardBatch:

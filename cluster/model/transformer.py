@@ -18,18 +18,21 @@ from torch import Tensor
 from cluster.model.batch import ForwardBatch
 from cluster.model.checkpoint import Checkpoint
 from cluster.model.config import ModelConfig
+from cluster.model.gains import share_gains
 from cluster.model.kv_cache import KVCache
 from cluster.model.layers import DecoderLayer, DenseLayer, Step
 from cluster.model.loader import Loader
 from cluster.model.memory import tensor_bytes
+from cluster.model.micro_batches import Pass, interleave
 from cluster.model.norm import RmsNorm
 from cluster.model.paged import AttentionPlan
 from cluster.model.rope import RotaryTable
 from cluster.model.shards import TokenRows, shard, shard_sizes
-from comms.dispatcher import CombineMode, DispatchDtype, TokenDispatcher, TrafficLedger
+from comms.dispatcher import CombineMode, TokenDispatcher, WireDtype
 from comms.group import Group
 from comms.groups import ParallelGroups
 from comms.make import make_dispatcher
+from comms.where import Where
 from experts.linear import stable_linear
 from experts.moe import MoELayer, Phase, untimed
 from router.placement import Placement
@@ -41,14 +44,16 @@ class CommsOptions(Protocol):
     @property
     def all2all_backend(self) -> str: ...
     @property
-    def dispatch_dtype(self) -> DispatchDtype: ...
+    def dispatch_dtype(self) -> WireDtype: ...
     @property
     def combine(self) -> CombineMode: ...
+    @property
+    def combine_dtype(self) -> WireDtype: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transformer:
-    """One rank's part of the model. `ledger` counts the bytes that its expert layers sent."""
+    """One rank's part of the model. All its expert layers share `dispatcher`."""
 
     config: ModelConfig
     tp: Group
@@ -57,7 +62,8 @@ class Transformer:
     norm: RmsNorm
     head: Tensor
     rotary: RotaryTable
-    ledger: TrafficLedger
+    dispatcher: TokenDispatcher
+    where: Where
     phase: Phase
 
     @staticmethod
@@ -70,7 +76,7 @@ class Transformer:
         comms: CommsOptions,
         phase: Phase = untimed,
     ) -> Transformer:
-        """Read this rank's share of a checkpoint directory; not collective.
+        """Read this rank's share of a checkpoint directory. Collective with combine "fixed" only.
 
         `placement` has one layer for each of `config.moe_layers`. Raises CheckpointError naming
         file and tensor, and ValueError for a layout that the model does not divide into.
@@ -82,7 +88,6 @@ class Transformer:
             rank=groups.rank,
             dtype=dtype,
         )
-        ledger = TrafficLedger(topology=groups.topology)
         dispatcher = make_dispatcher(
             comms.all2all_backend,
             groups,
@@ -90,28 +95,41 @@ class Transformer:
             hidden=config.hidden_size,
             dispatch_dtype=comms.dispatch_dtype,
             combine=comms.combine,
-            ledger=ledger,
+            combine_dtype=comms.combine_dtype,
         )
-        return build(loader, groups, placement, dispatcher, ledger, phase)
+        model = build(loader, groups, placement, dispatcher, phase)
+        if comms.combine == "fixed":
+            share_gains(model.layers, placement, groups.world)
+        return model
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor | None:
+    def forward(self, batch: ForwardBatch, kv: KVCache, micro_batches: int = 1) -> Tensor | None:
         """Logits [L, V] in fp32 of the batch's `logit_rows` on TP rank 0, None on the others.
 
-        Collective: over the world for the experts, over the replica for the rest. Writes the
-        tokens' keys and values to `kv`. Raises ValueError for token ids outside the vocabulary.
+        Collective: over the world for the experts, over the replica for the rest; `micro_batches`
+        is the same on all ranks. Writes the tokens' keys and values to `kv`. Raises ValueError for
+        token ids outside the vocabulary.
         """
+        batches = batch.split(micro_batches)
+        hidden = interleave([self._layers(part, kv) for part in batches], self.where)
+        with self.phase("logits"):
+            logits = [self._logits(x, b) for x, b in zip(hidden, batches, strict=True)]
+            mine = [rows_LV for rows_LV in logits if rows_LV is not None]
+            return torch.cat(mine) if mine else None
+
+    def _layers(self, batch: ForwardBatch, kv: KVCache) -> Pass:
+        """From token ids to my rows of the last layer's output."""
         rows = TokenRows(group=self.tp, num_tokens=batch.num_tokens)
         step = Step(
+            where=self.where,
             rows=rows,
             rotation=self.rotary.at(batch.positions_T),
             plan=AttentionPlan.build(batch, kv.block_size),
         )
         x_OH = self._embed(batch.token_ids_T, rows)
         for layer, cache in zip(self.layers, kv.layers, strict=True):
-            x_OH = layer.forward(x_OH, step, cache)
-        with self.phase("logits"):
-            return self._logits(x_OH, batch.logit_rows, rows)
+            x_OH = yield from layer.steps(x_OH, step, cache)
+        return x_OH
 
     def _embed(self, token_ids_T: Tensor, rows: TokenRows) -> Tensor:
         """Each rank looks up its part of the vocabulary; the sum over ranks has one term."""
@@ -123,12 +141,13 @@ class Transformer:
         found_TH = self.embedding[local_T.clamp(0, len(self.embedding) - 1)]
         return rows.scatter_sum(found_TH.masked_fill(elsewhere_T1, 0))
 
-    def _logits(self, x_OH: Tensor, logit_rows: Tensor, rows: TokenRows) -> Tensor | None:
+    def _logits(self, x_OH: Tensor, batch: ForwardBatch) -> Tensor | None:
         """Each rank computes its part of the vocabulary; TP rank 0 keeps them all."""
         size = self.config.vocab_size
-        if len(logit_rows) == 0:
+        if len(batch.logit_rows) == 0:
             return torch.zeros(0, size) if self.tp.idx == 0 else None
-        picked_LH = rows.gather(self.norm(x_OH))[logit_rows]
+        rows = TokenRows(group=self.tp, num_tokens=batch.num_tokens)
+        picked_LH = rows.gather(self.norm(x_OH))[batch.logit_rows]
         local_LV = stable_linear(picked_LH, self.head)
         if self.tp.size == 1:
             return local_LV.float()
@@ -163,7 +182,6 @@ def build(
     groups: ParallelGroups,
     placement: Placement,
     dispatcher: TokenDispatcher,
-    ledger: TrafficLedger,
     phase: Phase = untimed,
 ) -> Transformer:
     """Assemble this rank's modules; all expert layers share one dispatcher."""
@@ -186,7 +204,8 @@ def build(
         norm=loader.norm("norm"),
         head=loader.head(embedding),
         rotary=RotaryTable(config.rope, config.max_position_embeddings),
-        ledger=ledger,
+        dispatcher=dispatcher,
+        where=groups.where,
         phase=phase,
     )
 
@@ -216,6 +235,7 @@ def _layer(
     else:
         mlp = DenseLayer(local=loader.dense_mlp(idx))
     return DecoderLayer(
+        index=idx,
         attention_norm=loader.norm(f"layers.{idx}.input_layernorm"),
         attention=loader.attention(idx),
         mlp_norm=loader.norm(f"layers.{idx}.post_attention_layernorm"),

@@ -24,8 +24,8 @@ def solo(name: str, **options):
     [
         ({"slots_per_rank": 0}, "slots_per_rank, hidden >= 1, got 0, 8"),
         ({"hidden": 0}, "got 4, 0"),
-        ({"dispatch_dtype": "int4"}, "dispatch_dtype must be bfloat16 or float8, got 'int4'"),
-        ({"combine": "fast"}, "combine must be node or exact, got 'fast'"),
+        ({"dispatch_dtype": "int4"}, "dispatch_dtype must be one of bfloat16, .*, got 'int4'"),
+        ({"combine": "fast"}, "combine must be one of node, exact, fixed, got 'fast'"),
     ],
 )
 @pytest.mark.parametrize("name", DISPATCHERS)
@@ -35,7 +35,9 @@ def test_options_that_do_not_exist(name, options, message) -> None:
 
 
 def test_unknown_dispatcher_names_the_known() -> None:
-    with pytest.raises(ValueError, match=r"\['flat', 'hierarchical'\], got 'deepep'"):
+    with pytest.raises(
+        ValueError, match=r"\['flat', 'hierarchical', 'low_latency'\], got 'deepep'"
+    ):
         solo("deepep")
 
 
@@ -72,7 +74,9 @@ def test_outputs_that_do_not_fit(name) -> None:
     with pytest.raises(ValueError, match="y_PH must be"):
         dispatcher.combine(torch.zeros(6, 8, dtype=torch.bfloat16), handle)
     with pytest.raises(ValueError, match="not a handle of this dispatcher: DispatchHandle"):
-        dispatcher.combine(torch.zeros(6, 8), DispatchHandle(num_pairs=6, weights_TK=GOOD[2]))
+        dispatcher.combine(
+            torch.zeros(6, 8), DispatchHandle(num_pairs=(6,), weights_TK=GOOD[2], range_T=None)
+        )
 
 
 def alternate(groups: ParallelGroups, task) -> list[torch.Tensor]:
@@ -82,12 +86,14 @@ def alternate(groups: ParallelGroups, task) -> list[torch.Tensor]:
     outs = []
     for inputs in pair * 3:
         mine = inputs[groups.rank]
-        received, handle = dispatcher.dispatch(mine.x_TH, mine.slots_TK, mine.weights_TK)
+        received, handle = dispatcher.dispatch(
+            mine.x_TH, mine.slots_TK, mine.weights_TK, mine.range_T
+        )
         outs.append(dispatcher.combine(expert(received, groups.rank, 2), handle))
     return outs
 
 
-@pytest.mark.parametrize("combine", ["node", "exact"])
+@pytest.mark.parametrize("combine", ["node", "exact", "fixed"])
 @pytest.mark.parametrize("name", DISPATCHERS)
 def test_nothing_leaks_from_one_exchange_into_the_next(rank_pool, name, combine) -> None:
     """The second input is NaN in every token, weight and place that must not count."""
@@ -97,6 +103,7 @@ def test_nothing_leaks_from_one_exchange_into_the_next(rank_pool, name, combine)
         mine.x_TH.fill_(float("nan"))
     for mine in clean:
         mine.weights_TK[mine.slots_TK < 0] = float("nan")
+        mine.range_T.fill_(8.0)
     for outs in rank_pool.run(alternate, TOPOLOGY, (name, combine, [clean, dirty])):
         assert all(torch.isfinite(out).all() for out in outs[0::2])
         assert all(torch.equal(out, outs[0]) for out in outs[2::2])

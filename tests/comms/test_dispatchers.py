@@ -6,15 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from comms.codec import WireFormat
-from comms.dispatcher import TrafficLedger
+from comms.codecs import CODECS
+from comms.dispatcher import Received
+from comms.ledger import TrafficLedger
 from comms.reference import reference_combine, reference_dispatch
 from comms.topology import Topology
-from tests.comms.cases import Case, Outcome, exchange_both, make_inputs
+from tests.comms.cases import CAPACITY, WAYS, Case, Outcome, equal, exchange_all, make_inputs
 from tests.comms.thread_world import run_threads
 
-TOPOLOGIES = list(itertools.product((1, 2, 3), (1, 2, 3, 4)))
+TOPOLOGIES = list(itertools.product((1, 2, 3, 5), (1, 2, 3, 4)))
+ADDRESS_BYTES = 4
 
 
 @st.composite
@@ -28,8 +32,9 @@ def cases(draw: st.DrawFn) -> Case:
         topology=topology,
         slots_per_rank=slots_per_rank,
         hidden=hidden,
-        dispatch_dtype=draw(st.sampled_from(["bfloat16", "float8"])),
-        combine=draw(st.sampled_from(["node", "exact"])),
+        dispatch_dtype=draw(st.sampled_from(["bfloat16", *CODECS])),
+        combine=draw(st.sampled_from(["node", "exact", "fixed"])),
+        combine_dtype=draw(st.sampled_from(["bfloat16", *CODECS])),
         inputs=make_inputs(
             topology,
             tokens=tokens,
@@ -43,27 +48,57 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def check_case(case: Case, outcomes: list[tuple[Outcome, Outcome]]) -> None:
+def check_case(case: Case, outcomes: list[dict[str, Outcome]]) -> None:
     """Everything that must hold whatever the inputs: bits, conservation, bytes."""
     received = reference_dispatch(case.inputs, case.slots_per_rank, case.dispatch_dtype)
-    outputs = [flat.y_PH for flat, _ in outcomes]
+    outputs = [of_rank["flat"].outputs[0] for of_rank in outcomes]
     expected = reference_combine(
-        outputs, case.inputs, case.topology, case.slots_per_rank, case.combine
+        outputs,
+        case.inputs,
+        case.topology,
+        case.slots_per_rank,
+        case.combine,
+        case.combine_dtype,
     )
-    for rank, pair in enumerate(outcomes):
-        for outcome in pair:
-            assert torch.equal(outcome.received.x_RH, received[rank].x_RH)
-            assert torch.equal(outcome.received.local_slots_RK, received[rank].local_slots_RK)
-            assert outcome.received.x_RH.dtype == case.inputs[rank].x_TH.dtype
+    for rank, ways in enumerate(outcomes):
+        for way, outcome in ways.items():
+            check_received(case, rank, way, outcome, received[rank])
             assert outcome.out_TH.dtype == case.inputs[rank].x_TH.dtype
-            assert torch.equal(outcome.out_TH, expected[rank])
-            assert outcome.repeats_equal
+            assert equal(outcome.out_TH, expected[rank]), way
+            assert outcome.repeats_equal, way
     sent_pairs = sum(int((i.slots_TK >= 0).sum()) for i in case.inputs)
-    assert sum(len(flat.y_PH) for flat, _ in outcomes) == sent_pairs
+    assert sum(len(y_PH) for y_PH in outputs) == sent_pairs
     check_bytes(case, outcomes)
 
 
-def check_bytes(case: Case, outcomes: list[tuple[Outcome, Outcome]]) -> None:
+def check_received(case: Case, rank: int, way: str, outcome: Outcome, expected: Received) -> None:
+    """Payload, slots and order, bit for bit; and once more for the payload that reused the handle."""
+    x_RH = torch.cat([part.x_RH for part in outcome.received])
+    slots_RK = torch.cat([part.local_slots_RK for part in outcome.received])
+    if way == "low_latency":
+        assert len(x_RH) == case.topology.world_size * CAPACITY
+    used = (slots_RK >= 0).any(dim=1)
+    order = order_of_parts(case, rank) if way == "overlapped" else slice(None)
+    assert x_RH.dtype == expected.x_RH.dtype
+    assert torch.equal(x_RH[used], expected.x_RH[order])
+    assert torch.equal(outcome.again_RH[used], expected.x_RH[order])
+    assert torch.equal(slots_RK[used], expected.local_slots_RK[order])
+
+
+def order_of_parts(case: Case, rank: int) -> Tensor:
+    """The rows that a rank receives, those from its own node first."""
+    per_rank, node_of = case.slots_per_rank, case.topology.node_of
+    sources = [
+        source
+        for source, mine in enumerate(case.inputs)
+        for slots in mine.slots_TK.tolist()
+        if any(slot >= 0 and slot // per_rank == rank for slot in slots)
+    ]
+    elsewhere = torch.tensor([node_of(source) != node_of(rank) for source in sources]).long()
+    return torch.argsort(elsewhere, stable=True)
+
+
+def check_bytes(case: Case, outcomes: list[dict[str, Outcome]]) -> None:
     """The ledgers against a closed form: which (token, node) and (token, rank) pairs there are."""
     topology, first = case.topology, case.inputs[0]
     per_node = case.slots_per_rank * topology.ranks_per_node
@@ -71,7 +106,9 @@ def check_bytes(case: Case, outcomes: list[tuple[Outcome, Outcome]]) -> None:
         hidden=case.hidden,
         num_topk=first.slots_TK.shape[1],
         dtype=first.x_TH.dtype,
-        float8=case.dispatch_dtype == "float8",
+        codec=case.dispatch_dtype,
+        num_slots=per_node * topology.num_nodes,
+        with_range=case.combine == "fixed",
     ).row_bytes
     crossings = scatters = direct = 0
     pairs_home = 0
@@ -86,24 +123,36 @@ def check_bytes(case: Case, outcomes: list[tuple[Outcome, Outcome]]) -> None:
                 topology.local_rank_of(rank) != topology.local_rank_of(source) for rank in ranks
             )
             direct += len(ranks - {source})
-    flat, hierarchical = TrafficLedger(topology=topology), TrafficLedger(topology=topology)
-    for flat_outcome, hierarchical_outcome in outcomes:
-        flat.merge(flat_outcome.ledger)
-        hierarchical.merge(hierarchical_outcome.ledger)
-    assert hierarchical.inter_node_bytes("dispatch/exchange") == crossings * row
-    assert hierarchical.intra_node_bytes("dispatch/exchange") == 0
-    assert hierarchical.intra_node_bytes("dispatch/scatter") == scatters * row
-    assert hierarchical.inter_node_bytes("dispatch/scatter") == 0
-    home_row = case.hidden * first.x_TH.element_size()
+    dtype = first.x_TH.dtype
+    home_row = case.hidden * dtype.itemsize
+    if case.combine == "node":
+        wire_dtype = dtype if case.combine_dtype == "bfloat16" else torch.float32
+        home_row = CODECS[case.combine_dtype].row_bytes(case.hidden, wire_dtype)
     home_rows = pairs_home if case.combine == "exact" else crossings
-    assert hierarchical.inter_node_bytes("combine/exchange") == home_rows * home_row
-    assert flat.inter_node_bytes("dispatch") + flat.intra_node_bytes("dispatch") == direct * row
+    for way in WAYS:
+        total = TrafficLedger(topology=topology)
+        for of_rank in outcomes:
+            total.merge(of_rank[way].ledger)
+        if way == "flat":
+            assert total.inter_node_bytes("dispatch") + total.intra_node_bytes("dispatch") == (
+                direct * row
+            )
+            continue
+        assert total.inter_node_bytes("dispatch/exchange") == crossings * (row + ADDRESS_BYTES)
+        assert total.intra_node_bytes("dispatch/exchange") == 0
+        assert total.intra_node_bytes("dispatch/scatter") == scatters * (row + ADDRESS_BYTES)
+        assert total.inter_node_bytes("dispatch/scatter") == 0
+        home = total.inter_node_bytes("combine/exchange")
+        if case.combine == "fixed":  # beside the rows, headers and as many escapes as there are
+            assert home >= home_rows * home_row
+        else:
+            assert home == home_rows * home_row
 
 
 @settings(max_examples=150, deadline=None)
 @given(case=cases())
 def test_any_case(case: Case) -> None:
-    check_case(case, run_threads(exchange_both, case.topology, [case] * case.topology.world_size))
+    check_case(case, run_threads(exchange_all, case.topology, [case] * case.topology.world_size))
 
 
 @pytest.mark.parametrize(("nodes", "ranks"), TOPOLOGIES)
@@ -119,4 +168,4 @@ def test_every_topology_over_processes(rank_pool, nodes: int, ranks: int) -> Non
         combine="exact" if exact else "node",
         inputs=make_inputs(topology, tokens=tokens, slots_per_rank=2, hidden=130, num_topk=4),
     )
-    check_case(case, rank_pool.run(exchange_both, topology, case))
+    check_case(case, rank_pool.run(exchange_all, topology, case))

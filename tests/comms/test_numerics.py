@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from comms.topology import Topology
-from tests.comms.cases import Case, exchange_both, make_inputs
+from tests.comms.cases import WAYS, Case, equal, exchange_all, make_inputs
 from tests.comms.thread_world import run_threads
 
 TWO_BY_TWO = Topology(num_nodes=2, ranks_per_node=2)
@@ -27,19 +27,23 @@ def exact_results(case: Case) -> list[Tensor]:
     return results
 
 
-def case_of(dtype: torch.dtype, dispatch_dtype: str, combine: str, hidden: int = 1000) -> Case:
+def case_of(
+    dtype: torch.dtype, dispatch_dtype: str, combine: str, carrier: str, hidden: int = 1000
+) -> Case:
     inputs = make_inputs(
         TWO_BY_TWO, tokens=[20, 0, 7, 13], slots_per_rank=4, hidden=hidden, num_topk=6, dtype=dtype
     )
     for mine in inputs:  # every token has a result to compare with
         mine.slots_TK[:, 0] = mine.slots_TK[:, 0].clamp(min=0)
         mine.weights_TK.clamp_(min=0.05)
+        mine.range_T.fill_(64.0)  # outputs are of size 5 to 30
     return Case(
         topology=TWO_BY_TWO,
         slots_per_rank=4,
         hidden=hidden,
         dispatch_dtype=dispatch_dtype,
         combine=combine,
+        combine_dtype=carrier,
         inputs=inputs,
         repeats=20,
     )
@@ -47,22 +51,30 @@ def case_of(dtype: torch.dtype, dispatch_dtype: str, combine: str, hidden: int =
 
 # Relative L2 per row. fp32: K + ranks additions of half an ulp each. BF16 (8 bits: rounding once
 # gives 0.0017 rms): y, then node partials (node mode), then the result. FP8: 0.026 on the way out.
+# Compressed partials: what `codecs.py` says of them, on top of BF16's own roundings.
 BOUNDS = [
-    (torch.float32, "bfloat16", "node", 0.0, 1e-6),
-    (torch.float32, "bfloat16", "exact", 0.0, 1e-6),
-    (torch.bfloat16, "bfloat16", "exact", 1e-3, 3.5e-3),
-    (torch.bfloat16, "bfloat16", "node", 1e-3, 4.5e-3),
-    (torch.bfloat16, "float8", "node", 0.02, 0.032),
-    (torch.float32, "float8", "exact", 0.02, 0.032),
+    (torch.float32, "bfloat16", "node", "bfloat16", 0.0, 1e-6),
+    (torch.float32, "bfloat16", "exact", "bfloat16", 0.0, 1e-6),
+    (torch.float32, "bfloat16", "fixed", "bfloat16", 0.0, 1e-5),
+    (torch.bfloat16, "bfloat16", "exact", "bfloat16", 1e-3, 3.5e-3),
+    (torch.bfloat16, "bfloat16", "fixed", "bfloat16", 1e-3, 3.5e-3),
+    (torch.bfloat16, "bfloat16", "node", "bfloat16", 1e-3, 4.5e-3),
+    (torch.bfloat16, "bfloat16", "node", "int10", 1e-3, 4.5e-3),
+    (torch.bfloat16, "bfloat16", "node", "logfmt10", 2e-3, 6e-3),
+    (torch.bfloat16, "bfloat16", "node", "int8", 4e-3, 1e-2),
+    (torch.bfloat16, "bfloat16", "node", "float8", 0.015, 0.04),
+    (torch.bfloat16, "int8", "node", "bfloat16", 4e-3, 1e-2),
+    (torch.bfloat16, "float8", "node", "bfloat16", 0.02, 0.032),
+    (torch.float32, "float8", "exact", "bfloat16", 0.02, 0.032),
 ]
 
 
-@pytest.mark.parametrize(("dtype", "dispatch_dtype", "combine", "low", "high"), BOUNDS)
-def test_error_per_row_against_fp64(dtype, dispatch_dtype, combine, low, high) -> None:
-    case = case_of(dtype, dispatch_dtype, combine)
-    outcomes = run_threads(exchange_both, TWO_BY_TWO, [case] * 4)
+@pytest.mark.parametrize(("dtype", "dispatch_dtype", "combine", "carrier", "low", "high"), BOUNDS)
+def test_error_per_row_against_fp64(dtype, dispatch_dtype, combine, carrier, low, high) -> None:
+    case = case_of(dtype, dispatch_dtype, combine, carrier)
+    outcomes = run_threads(exchange_all, TWO_BY_TWO, [case] * 4)
     for mine, exact_TH in zip(outcomes, exact_results(case), strict=True):
-        for outcome in mine:
+        for outcome in mine.values():
             assert outcome.repeats_equal
             errors_T = relative_l2(outcome.out_TH, exact_TH)
             assert (errors_T <= high).all(), errors_T
@@ -70,18 +82,20 @@ def test_error_per_row_against_fp64(dtype, dispatch_dtype, combine, low, high) -
 
 
 def test_bits_repeat_over_processes(rank_pool) -> None:
-    case = case_of(torch.bfloat16, "float8", "node", hidden=40)
-    threads = run_threads(exchange_both, TWO_BY_TWO, [case] * 4)
-    processes = rank_pool.run(exchange_both, TWO_BY_TWO, case)
+    case = case_of(torch.bfloat16, "float8", "node", "logfmt10", hidden=40)
+    threads = run_threads(exchange_all, TWO_BY_TWO, [case] * 4)
+    processes = rank_pool.run(exchange_all, TWO_BY_TWO, case)
     for by_thread, by_process in zip(threads, processes, strict=True):
-        for one, other in zip(by_thread, by_process, strict=True):
+        for way, one in by_thread.items():
+            other = by_process[way]
             assert one.repeats_equal
             assert other.repeats_equal
             assert torch.equal(one.out_TH, other.out_TH)
 
 
+@pytest.mark.parametrize("combine", ["exact", "fixed"])
 @pytest.mark.parametrize("nodes_ranks", [(1, 4), (4, 1), (2, 2), (1, 2)])
-def test_exact_combine_is_the_same_in_every_layout(nodes_ranks) -> None:
+def test_exact_and_fixed_combine_are_the_same_in_every_layout(nodes_ranks, combine) -> None:
     """Same tokens, same global slots on other ranks and nodes: the same bits."""
     total_slots, results = 16, []
     everything = make_inputs(
@@ -92,18 +106,19 @@ def test_exact_combine_is_the_same_in_every_layout(nodes_ranks) -> None:
         world = topology.world_size
         pieces = [torch.tensor_split(t, world) for t in vars(everything).values()]
         inputs = tuple(
-            type(everything)(x_TH=x, slots_TK=s, weights_TK=w)
-            for x, s, w in zip(*pieces, strict=True)
+            type(everything)(x_TH=x, slots_TK=s, weights_TK=w, range_T=r)
+            for x, s, w, r in zip(*pieces, strict=True)
         )
         case = Case(
             topology=topology,
             slots_per_rank=total_slots // world,
             hidden=24,
             dispatch_dtype="float8",
-            combine="exact",
+            combine=combine,
             inputs=inputs,
         )
-        outcomes = run_threads(exchange_both, topology, [case] * world)
-        results.append(torch.cat([hierarchical.out_TH for _, hierarchical in outcomes]))
-    assert results[0].abs().sum() > 0
-    assert torch.equal(results[0], results[1])
+        outcomes = run_threads(exchange_all, topology, [case] * world)
+        for way in WAYS:
+            results.append(torch.cat([ways[way].out_TH for ways in outcomes]))
+    assert results[0].nan_to_num(0).abs().sum() > 0
+    assert all(equal(out, results[0]) for out in results)

@@ -23,6 +23,7 @@ class Options:
     all2all_backend: str = "hierarchical"
     dispatch_dtype: Any = "bfloat16"
     combine: Any = "node"
+    combine_dtype: Any = "bfloat16"
     dtype: torch.dtype = torch.float32
     num_redundant_experts: int = 0
     first_chunk: int | None = None
