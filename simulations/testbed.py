@@ -135,7 +135,9 @@ class Testbed:
                 self._make_host(host)
         except netns.NamespaceError as error:
             self.down()
-            raise TestbedError(f"cannot make a testbed: {error}") from error
+            raise TestbedError(
+                f"cannot make a testbed: {error} (a container needs --cap-add SYS_ADMIN,NET_ADMIN)"
+            ) from error
         except BaseException:
             self.down()
             raise
