@@ -17,9 +17,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from comms.dispatcher import Received
 from comms.groups import InterNodeBackend, ParallelGroups
 from comms.make import make_dispatcher
 from comms.topology import Topology
+from experts.gains import token_ranges
 from router.gate import Gate, GateConfig
 from simulations import netns
 from simulations.hosted import ranks_on
@@ -46,6 +48,16 @@ SCHEMES = {
         options={"combine": "exact", "dispatch_dtype": "float8"},
     ),
     "hier_fp8": Scheme(dispatcher="hierarchical", options={"dispatch_dtype": "float8"}),
+    "hier_fp8_logfmt": Scheme(
+        dispatcher="hierarchical",
+        options={"dispatch_dtype": "float8", "combine_dtype": "logfmt10"},
+    ),
+    "hier_int8_int8": Scheme(
+        dispatcher="hierarchical", options={"dispatch_dtype": "int8", "combine_dtype": "int8"}
+    ),
+    "hier_fp8_fixed": Scheme(
+        dispatcher="hierarchical", options={"dispatch_dtype": "float8", "combine": "fixed"}
+    ),
 }
 
 
@@ -216,6 +228,7 @@ class Problem:
     x_TH: Tensor
     ids_TK: Tensor
     weights_TK: Tensor
+    range_T: Tensor
     gains_EH: Tensor
     expected_TH: Tensor
 
@@ -236,6 +249,7 @@ class Problem:
             x_TH=x_TH,
             ids_TK=ids_TK,
             weights_TK=weights_TK,
+            range_T=token_ranges(ids_TK, weights_TK, gains_EH.square().mean(dim=1).sqrt()),
             gains_EH=gains_EH,
             expected_TH=expected_TH,
         )
@@ -256,15 +270,22 @@ def layer_of(
     )
     my_gains_SH = problem.gains_EH[groups.rank * slots_per_rank :][:slots_per_rank]
 
-    def exchange(x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        received, handle = dispatcher.dispatch(x_TH, slots_TK, weights_TK)
+    range_T = problem.range_T if scheme.options.get("combine") == "fixed" else None
+
+    def experts(received: Received) -> Tensor:
         rows_P, columns_P = torch.nonzero(received.local_slots_RK >= 0, as_tuple=True)
         gains_PH = my_gains_SH[received.local_slots_RK[rows_P, columns_P]]
-        y_PH = (received.x_RH[rows_P].float() * gains_PH).to(x_TH.dtype)
-        return dispatcher.combine(y_PH, handle)
+        return (received.x_RH[rows_P].float() * gains_PH).to(received.x_RH.dtype)
+
+    def exchange(
+        x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, range_T: Tensor | None = None
+    ) -> Tensor:
+        pending = dispatcher.start_dispatch(x_TH, slots_TK, weights_TK, range_T)
+        outputs = [experts(part) for part in pending]
+        return dispatcher.start_combine(outputs, pending.handle).wait()
 
     def whole() -> Tensor:
-        return exchange(problem.x_TH, problem.ids_TK, problem.weights_TK)
+        return exchange(problem.x_TH, problem.ids_TK, problem.weights_TK, range_T)
 
     def per_expert() -> Tensor:
         num_tokens, num_topk = problem.ids_TK.shape
