@@ -41,8 +41,11 @@ def chain(needs: Sequence[int], notes: Mapping[int, Note]) -> list[int]:
 
 
 def unheard(mine: Note, notes: Mapping[int, Note]) -> list[int]:
-    """Ranks on my chain that left no note so far and still may."""
-    ranks = chain(mine.needs, notes)
+    """Ranks on my chain that left no note so far and still may.
+
+    A peer that let go of me (I am not late) had read the notes that it leads to before it did.
+    """
+    ranks = chain(mine.needs, notes) if mine.late else mine.needs
     told = [mine, *(notes[rank] for rank in ranks if rank in notes)]
     ended = {rank for note in told if note.ended for rank in note.needs}
     return [rank for rank in ranks if rank not in notes and rank not in ended]

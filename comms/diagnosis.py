@@ -113,9 +113,18 @@ class Diagnosis:
                 store.set(f"note/{self._rank}", mine.pack())
                 self._noted = True
             while True:
-                for rank in chain(mine.needs, notes):
-                    if rank not in notes and store.check([f"note/{rank}"]):
-                        notes[rank] = Note.unpack(store.get(f"note/{rank}"))
+                self._read_notes(store, mine, notes)
                 if not unheard(mine, notes) or time.monotonic() > deadline:
                     return
                 time.sleep(_POLL_S)
+
+    def _read_notes(self, store: Store, mine: Note, notes: dict[int, Note]) -> None:
+        """All notes on my chain that are there by now; each may lead on to others."""
+        looked: set[int] = set()
+        while to_look := [
+            r for r in chain(mine.needs, notes) if r not in looked and r not in notes
+        ]:
+            for rank in to_look:
+                if store.check([f"note/{rank}"]):
+                    notes[rank] = Note.unpack(store.get(f"note/{rank}"))
+            looked.update(to_look)

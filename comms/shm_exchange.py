@@ -125,12 +125,12 @@ class ShmExchange:
             )
 
     def _progress(self, peers: Sequence[int]) -> Mapping[int, tuple[int, int | None]]:
-        """By world rank: bytes received so far, and of how many, which the first round says."""
+        """By world rank: bytes received so far, and of how many, if that is known yet."""
         ranks = self._segments.ranks
-        if self._round == 0:
+        if self._round == 0 and self._into is None:
             return {ranks[j]: (0, None) for j in peers}
-        lengths = {j: self._received[j].shape[0] for j in peers}
+        lengths = {j: self._received[j].numel() for j in peers}
         return {
-            ranks[j]: (min(n, n * self._round // self._peer_rounds[j]), n)
+            ranks[j]: (min(n, n * self._round // self._peer_rounds.get(j, 1)), n)
             for j, n in lengths.items()
         }

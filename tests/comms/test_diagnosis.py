@@ -15,10 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comms.blame import Note, because, unheard
+from comms.diagnosis import Diagnosis
 from comms.groups import CommError, CommTimeout, Group, ParallelGroups
 from comms.launch import RankDied, RankPool
 from comms.store import connect_store, host_store
 from comms.topology import Topology
+from comms.where import Where
 
 DEADLINE_S = 1.0
 LATEST_S = DEADLINE_S + 1.0  # after the call, on every rank
@@ -247,6 +249,26 @@ def test_those_who_never_answered_are_all_that_can_be_reached_without_a_note(edg
         assert sorted(sentences) == [notes[rank].text for rank in told]
         assert {int(rank) for rank in re.findall(r"rank (\d)", end)} == set(silent)
         assert end.endswith(" never answered")
+
+
+def test_only_those_who_may_still_write_are_waited_for() -> None:
+    aborted = Note(text="rank 0 lost rank 1: aborted", needs=(1,))
+    assert unheard(aborted, {}) == [1]
+    assert unheard(aborted, {1: late(1, [2])}) == []  # rank 1 has waited for rank 2's note itself
+    dead = Note(text="rank 0 lost rank 1: the process is gone", needs=(1,), ended=True)
+    assert unheard(dead, {}) == []
+
+
+def test_all_notes_of_a_chain_are_read_at_once(address) -> None:
+    store = connect_store(address)
+    for rank in (1, 2, 3):
+        store.set(f"note/{rank}", late(rank, [rank + 1]).pack())
+    diagnosis = Diagnosis(store, 0, Where())
+    error = diagnosis.lost(group="node", operation="combine", peers=[1], reason="it hung up")
+    told = "rank 1 waited; rank 2 waited; rank 3 waited; rank 4 never answered"
+    assert str(error) == f"group 'node': rank 0 lost rank 1 in combine: it hung up; {told}"
+    note = Note.unpack(store.get("note/0"))
+    assert (note.needs, note.late, note.ended) == ((1,), False, False)
 
 
 def test_errors_keep_their_fields_when_pickled() -> None:
