@@ -79,10 +79,11 @@ class TokenDispatcher(Protocol):
 
     ledger: TrafficLedger
 
-    def expect(self, max_tokens: int | None) -> None:
-        """No rank will bring more tokens to a dispatch until told otherwise (None: unknown).
+    def expect(self, max_tokens: int | None) -> int:
+        """No rank has more tokens in the coming step (None: unknown); the same on every rank.
 
-        The same on every rank: by it they choose alike how to move and whether to overlap.
+        By it all ranks choose alike what to overlap. Returns in how many micro-batches the step's
+        tokens should be dispatched.
         """
 
     def start_dispatch(

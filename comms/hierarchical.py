@@ -22,6 +22,7 @@ others leave first.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from comms.base import BaseDispatcher, Booked
 from comms.codec import WireFormat
 from comms.codecs import CODECS
 from comms.dispatcher import DispatchHandle, Received
+from comms.overlap import OverlapRule
 from comms.reduction import Reduction
 from comms.routes import (
     RowRoute,
@@ -80,7 +82,25 @@ class HierarchicalHandle(DispatchHandle):
 class HierarchicalDispatcher(BaseDispatcher):
     """TokenDispatcher in two tiers: rails between nodes, shared memory within."""
 
-    overlap = False  # two parts, not one; the same on all ranks
+    overlap = False  # dispatch in two parts, not one; the same on all ranks
+
+    def expect(self, max_tokens: int | None) -> int:
+        if max_tokens is None:
+            self.overlap = False
+            return 1
+        rule = self._overlap_rule
+        self.overlap = rule.two_parts(max_tokens)
+        return rule.micro_batches(max_tokens)
+
+    @cached_property
+    def _overlap_rule(self) -> OverlapRule:
+        carrier = "bfloat16" if self.combine_mode != "node" else self.combine_dtype
+        return OverlapRule(
+            links=self.groups.links,
+            num_nodes=self.topology.num_nodes,
+            dispatch_bytes=CODECS[self.dispatch_dtype].row_bytes(self.hidden, torch.bfloat16),
+            combine_bytes=CODECS[carrier].row_bytes(self.hidden, torch.bfloat16),
+        )
 
     @property
     def stride(self) -> int:

@@ -27,6 +27,9 @@ class LowLatencyDispatcher(HierarchicalDispatcher):
             raise ValueError(f"capacity must be >= 1 token, got {capacity}")
         self.capacity = capacity
 
+    def expect(self, max_tokens: int | None) -> int:
+        return 1  # what is small is not worth splitting
+
     @property
     def stride(self) -> int:
         return self.capacity
