@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from comms.trace_file import TraceError, check_path
 from deploy.bench import write_json
 from simulations import bench_dispatch, bench_latency
-from simulations.bench_dispatch import Workload
+from simulations.moe_layer import Workload
 from simulations.testbed import TestbedError
 
 
@@ -20,17 +21,21 @@ def dispatch_command(
     repeats: int,
     inter_node_backend: str,
     json_file: Path | None,
+    trace_file: Path | None,
 ) -> int:
     """schemes.<name>.{wire_bytes,ledger_bytes,seconds_median,seconds_p95,rel_l2}; 2 for options
     that cannot be, 1 where hosts cannot be made."""
     try:
+        if trace_file is not None:
+            check_path(trace_file)
         report = bench_dispatch.run(
             Workload(**workload),
             schemes=schemes or tuple(bench_dispatch.SCHEMES),
             repeats=repeats,
             inter_node_backend=inter_node_backend,
+            trace_file=trace_file,
         )
-    except (ValueError, TestbedError) as error:
+    except (ValueError, TraceError, TestbedError) as error:
         return _refused(error)
     table = Table("scheme", "wire MB", "ledger MB", "bytes", "ms", "p95", "time", "rel. L2")
     for name, row in report["schemes"].items():
@@ -46,6 +51,8 @@ def dispatch_command(
         )
     Console().print(table)
     print("one layer; bytes of all hosts, time of the slowest rank; ratios are to flat_bf16")
+    if trace_file is not None:
+        print(f"wrote {trace_file}: open it in https://ui.perfetto.dev or chrome://tracing")
     write_json(json_file, report)
     return 0
 
@@ -69,7 +76,7 @@ def latency_command(workload: dict[str, Any], rounds: int, json_file: Path | Non
     return 0
 
 
-def _refused(error: ValueError | TestbedError) -> int:
+def _refused(error: Exception) -> int:
     print(error, file=sys.stderr)
     if isinstance(error, TestbedError):
         print("`--hosts 0` runs without namespaces", file=sys.stderr)

@@ -23,6 +23,10 @@ app.add_typer(testbed, name="testbed")
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
 ]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option("--trace", metavar="FILE", help="Write what every rank did, for Perfetto."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Options that override the configuration."),
@@ -133,10 +137,7 @@ def bench_step(
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE")] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Sequences decoding at once.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Decode steps to measure.")] = 50,
-    trace_file: Annotated[
-        Path | None,
-        typer.Option("--trace", metavar="FILE", help="Write what every rank did, for Perfetto."),
-    ] = None,
+    trace_file: TraceFile = None,
     json_file: JsonFile = None,
 ) -> None:
     """Where a decode step's time goes on this machine, milliseconds per phase."""
@@ -161,6 +162,7 @@ def bench_dispatch(
     repeats: Annotated[int, typer.Option(help="Timed layers of each scheme.")] = 5,
     schemes: Annotated[str, typer.Option(help="Which, comma separated. [default: all]")] = "",
     inter_node_backend: Annotated[str, typer.Option(help="tcp or gloo.")] = "tcp",
+    trace_file: TraceFile = None,
     json_file: JsonFile = None,
 ) -> None:
     """Bytes between hosts, seconds and error of one MoE layer's exchange, by scheme."""
@@ -185,6 +187,7 @@ def bench_dispatch(
             repeats,
             inter_node_backend,
             json_file,
+            trace_file,
         )
     )
 

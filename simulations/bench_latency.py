@@ -13,8 +13,8 @@ from typing import Any
 
 from comms.groups import InterNodeBackend, NodeBackend, ParallelGroups
 from comms.make import DISPATCHERS
-from simulations.bench_dispatch import Problem, Scheme, Workload, layer_of
 from simulations.hosted import ranks_on
+from simulations.moe_layer import Problem, Scheme, Workload, layer_of
 
 TOKENS = (1, 2, 4, 8, 16, 32)
 # (inside a node, between nodes); "gloo" inside means no shared memory: what runs between nodes.

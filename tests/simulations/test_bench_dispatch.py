@@ -1,12 +1,15 @@
 """What the benchmark measures, against a count of its own tokens' destinations, one by one."""
 
+import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from comms.topology import Topology
 from simulations import bench_dispatch
-from simulations.bench_dispatch import Problem, Workload
+from simulations.moe_layer import Problem, Workload
 
 WORKLOAD = Workload(
     hosts=0, ranks_per_host=2, hidden=512, experts=32, topk=4, groups=4, topk_groups=2, tokens=30
@@ -14,8 +17,13 @@ WORKLOAD = Workload(
 
 
 @pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
-    return bench_dispatch.run(WORKLOAD, repeats=1)
+def trace_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("dispatch") / "trace.json"
+
+
+@pytest.fixture(scope="module")
+def report(trace_file: Path) -> dict[str, Any]:
+    return bench_dispatch.run(WORKLOAD, repeats=1, trace_file=trace_file)
 
 
 def crossings() -> tuple[int, int]:
@@ -39,10 +47,33 @@ def test_bytes_are_those_of_the_rows_that_must_cross(report: dict[str, Any]) -> 
         "flat_bf16": (2 + 2) * WORKLOAD.hidden * pairs,
         "flat_fp8": (1 + 2) * WORKLOAD.hidden * pairs,
         "hier_fp8": (1 + 2) * WORKLOAD.hidden * copies,
+        "hier_fp8_logfmt": (1 + 10 / 8) * WORKLOAD.hidden * copies,
+        "hier_int8_int8": (1 + 1) * WORKLOAD.hidden * copies,
+        "hier_fp8_fixed": (1 + 2) * WORKLOAD.hidden * copies,
     }
+    assert set(rows) == set(report["schemes"])
     for name, num_bytes in rows.items():
         # Scales, slots, weights and counts come on top.
         assert num_bytes < report["schemes"][name]["ledger_bytes"] < 1.2 * num_bytes, name
+
+
+def test_every_scheme_returns_the_sum_of_the_experts(report: dict[str, Any]) -> None:
+    """Within what rounding to so many bits does to a sum; never zeros, whose error is 1."""
+    errors = {name: row["rel_l2"] for name, row in report["schemes"].items()}
+    assert 0 < errors["flat_bf16"] < 2**-8
+    for name in set(errors) - {"flat_bf16"}:
+        assert 2**-8 < errors[name] < 2**-5, name
+    assert errors["hier_fp8_logfmt"] - errors["hier_fp8"] <= 0.004
+
+
+def test_the_trace_shows_every_scheme_on_every_rank(
+    report: dict[str, Any], trace_file: Path
+) -> None:
+    events = json.loads(trace_file.read_text())["traceEvents"]
+    spans = {(event["pid"], event["name"]) for event in events if event["ph"] == "X"}
+    assert len({pid for pid, _ in spans}) == WORKLOAD.topology.world_size
+    for pid, name in itertools.product({pid for pid, _ in spans}, report["schemes"]):
+        assert (pid, name) in spans
 
 
 def test_ratios_are_to_what_others_send(report: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from simulations import bench_latency
-from simulations.bench_dispatch import Workload
+from simulations.moe_layer import Workload
 
 WORKLOAD = Workload(hosts=0, ranks_per_host=2, hidden=128, experts=16, topk=2)
 
