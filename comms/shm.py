@@ -113,14 +113,16 @@ class ShmGroup:
         What does not fit into a segment at once goes on only while members wait: then ranks must
         wait in the same order as they started.
         """
-        parts: list[list[Tensor]] = [[] for _ in self.ranks]
-        for chunk in chunks:
+        everything = list(chunks)
+        for chunk in everything:
             check_parts(chunk, self.size)
-            for pieces, part in zip(parts, chunk, strict=True):
-                pieces.append(part)
+        parts = everything[0] if len(everything) == 1 else self._join(everything)
         self._begin(stage)
-        self._pending = ShmExchange(self._segments, [joined(pieces) for pieces in parts], stage)
+        self._pending = ShmExchange(self._segments, parts, stage)
         return self._pending
+
+    def _join(self, chunks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        return [joined([chunk[j] for chunk in chunks]) for j in range(self.size)]
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         if source == self.idx:
