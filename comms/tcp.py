@@ -64,8 +64,9 @@ class TcpGroup(ExchangeCollectives):
     def abort(self) -> None:
         if self._error is not None:
             return
-        self._error = f"group {self.name!r}: aborted by rank {self.ranks[self.idx]}"
-        self._hang_up(self._error)
+        reason = f"aborted by rank {self.ranks[self.idx]}"
+        self._error = f"group {self.name!r}: {reason}"
+        self._hang_up(reason)
 
     def close(self) -> None:
         self._error = self._error or f"group {self.name!r} is closed"
