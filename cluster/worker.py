@@ -46,6 +46,7 @@ class Worker:
             connect_store(store_address, self._config.ray.startup_timeout_s),
             node_backend=self._config.comms.node_backend,
             inter_node_backend=self._config.comms.inter_node_backend,
+            with_links=True,
             timeout_s=self._config.comms.timeout_s,
         )
         if self._topology.tp_rank_of(self._rank) == 0:

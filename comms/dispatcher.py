@@ -22,6 +22,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from comms.ledger import TrafficLedger
+from comms.trace import Trace
 
 WireDtype = Literal["bfloat16", "float8", "float8_ue8m0", "logfmt10", "int6", "int8", "int10"]
 CombineMode = Literal["node", "exact", "fixed"]
@@ -74,10 +75,11 @@ class TokenDispatcher(Protocol):
     """Moves tokens to experts and expert outputs back. Collective over the world group.
 
     Dispatches may overlap, as long as every rank starts and finishes them in the same order.
-    `ledger` books what this rank sends.
+    `ledger` books what this rank sends, `trace` shows when.
     """
 
     ledger: TrafficLedger
+    trace: Trace
 
     def expect(self, max_tokens: int | None) -> int:
         """No rank has more tokens in the coming step (None: unknown); the same on every rank.

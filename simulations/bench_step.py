@@ -88,7 +88,7 @@ def _decode(
     trace = Trace(groups.rank, node=node, where=groups.where) if traced else NO_TRACE
     timer = engine.runner.timer
     timer.reset()
-    timer.trace = trace
+    timer.trace = engine.runner.model.dispatcher.trace = trace
     start = perf_counter()
     for number in range(steps):
         with trace.span("step", f"step {number}"):

@@ -36,8 +36,13 @@ class LockStepError(RuntimeError):
 class Verdict:
     """What all leaders agreed to do in this step."""
 
-    run: bool
+    max_tokens: int
+    """Of any replica in this step. 0: nobody has work."""
     stop: bool
+
+    @property
+    def run(self) -> bool:
+        return self.max_tokens > 0
 
 
 class Leader:
@@ -53,7 +58,6 @@ class Leader:
         self._replica = groups.topology.replica_of(groups.rank)
         self._idle = False
         self._stop_requested = False
-        self._num_steps = 0
         self._last_sent = 0.0
 
     def step(self) -> bool:
@@ -64,13 +68,12 @@ class Leader:
             plan = self.scheduler.schedule()
         with timer.phase("broadcast"):
             verdict = self._agree(plan.num_tokens)
-            header = msgpack.packb([verdict.run, verdict.stop, plan.encode()])
+            header = msgpack.packb([verdict.max_tokens, verdict.stop, plan.encode()])
             self._groups.tp.broadcast_bytes(header, 0)
         if verdict.run:
-            logits = self.runner.execute(plan)
+            logits = self.runner.execute(plan, verdict.max_tokens)
             with timer.phase("sample"):
                 events += self._sample(plan, logits)
-            self._num_steps += 1
         if events or monotonic() - self._last_sent >= HEARTBEAT_S:
             self._mailbox.send(self._frame(events))
             self._last_sent = monotonic()
@@ -109,7 +112,7 @@ class Leader:
         epochs = votes[:, 1].unique().tolist()
         if len(epochs) > 1:
             raise LockStepError(f"replicas stand at different placement epochs: {epochs}")
-        return Verdict(run=bool(votes[:, 0].any()), stop=bool(votes[:, 2].all()))
+        return Verdict(max_tokens=int(votes[:, 0].max()), stop=bool(votes[:, 2].all()))
 
     def _sample(self, plan: StepPlan, logits: torch.Tensor | None) -> list[TokenEvent]:
         assert logits is not None, "TP rank 0 holds the logits"
@@ -119,7 +122,7 @@ class Leader:
         return self.scheduler.update(plan, tokens)
 
     def _frame(self, events: list[TokenEvent]) -> Frame:
-        stats = {**self.scheduler.stats(), "step": self._num_steps}
+        stats = {**self.scheduler.stats(), "step": self.runner.num_steps}
         return {"type": "step", "replica": self._replica, "events": events, "stats": stats}
 
 
@@ -133,9 +136,9 @@ class Follower:
     def step(self) -> bool:
         """One step as the leader broadcast it; False once told to stop."""
         with self.runner.timer.phase("broadcast"):
-            run, stop, plan = msgpack.unpackb(self._groups.tp.broadcast_bytes(None, 0))
-        if run:
-            self.runner.execute(StepPlan.decode(plan))
+            max_tokens, stop, plan = msgpack.unpackb(self._groups.tp.broadcast_bytes(None, 0))
+        if max_tokens:
+            self.runner.execute(StepPlan.decode(plan), max_tokens)
         return not stop
 
 

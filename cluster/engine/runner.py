@@ -28,6 +28,7 @@ class Runner:
         self.cache = cache
         self.timer = timer
         self.epoch = epoch
+        self.num_steps = 0
 
     @staticmethod
     def load(config: ServeConfig, groups: ParallelGroups) -> Runner:
@@ -54,9 +55,19 @@ class Runner:
         cache = KVCache(model_config, groups.topology, num_blocks, config.cache.block_size, dtype)
         return Runner(model, cache, timer, placement.epoch)
 
-    def execute(self, plan: StepPlan) -> Tensor | None:
-        """fp32 logits [len(plan.logit_items), V] on TP rank 0, None elsewhere."""
-        return self.model.forward(forward_batch(plan, self.cache.block_size), self.cache)
+    def execute(self, plan: StepPlan, max_tokens: int | None = None) -> Tensor | None:
+        """fp32 logits [len(plan.logit_items), V] on TP rank 0, None elsewhere.
+
+        max_tokens: the most that any replica has in this step, the same number on all ranks; by it
+        they agree on what to overlap (None: nothing).
+        """
+        batch = forward_batch(plan, self.cache.block_size)
+        self.model.where.step = self.num_steps
+        try:
+            return self.model.forward(batch, self.cache, max_tokens)
+        finally:
+            self.model.where.step = -1
+            self.num_steps += 1
 
     def memory(self) -> dict[str, int]:
         """Bytes held by this rank, by kind."""

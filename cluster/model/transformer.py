@@ -103,14 +103,17 @@ class Transformer:
         return model
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, kv: KVCache, micro_batches: int = 1) -> Tensor | None:
+    def forward(
+        self, batch: ForwardBatch, kv: KVCache, max_tokens: int | None = None
+    ) -> Tensor | None:
         """Logits [L, V] in fp32 of the batch's `logit_rows` on TP rank 0, None on the others.
 
-        Collective: over the world for the experts, over the replica for the rest; `micro_batches`
-        is the same on all ranks. Writes the tokens' keys and values to `kv`. Raises ValueError for
-        token ids outside the vocabulary.
+        Collective: over the world for the experts, over the replica for the rest. `max_tokens`, the
+        most that any replica has, decides what is overlapped; None: nothing. Writes the tokens' keys
+        and values to `kv`. Raises ValueError for token ids outside the vocabulary.
         """
-        batches = batch.split(micro_batches)
+        of_rank = None if max_tokens is None else -(-max_tokens // self.tp.size)
+        batches = batch.split(self.dispatcher.expect(of_rank))
         hidden = interleave([self._layers(part, kv) for part in batches], self.where)
         with self.phase("logits"):
             logits = [self._logits(x, b) for x, b in zip(hidden, batches, strict=True)]
