@@ -37,7 +37,17 @@ def dispatch_command(
         )
     except (ValueError, TraceError, TestbedError) as error:
         return _refused(error)
-    table = Table("scheme", "wire MB", "ledger MB", "bytes", "ms", "p95", "time", "rel. L2")
+    table = Table(
+        "scheme",
+        "wire MB",
+        "ledger MB",
+        "bytes",
+        "ms",
+        "p95",
+        "time",
+        "rel. L2",
+        padding=(0, 1, 0, 0),
+    )
     for name, row in report["schemes"].items():
         table.add_row(
             name,

@@ -115,7 +115,9 @@ def bench_dispatch(tmp_path: Path, *arguments: str) -> dict:
     options = [*SMALL.split(), *arguments, "--json", str(report_file)]
     code, output = run("bench", "dispatch", *options, timeout_s=240)
     assert code == 0, output
-    return json.loads(report_file.read_text())
+    report = json.loads(report_file.read_text())
+    assert all(name in output for name in report["schemes"])
+    return report
 
 
 def assert_sound(report: dict) -> None:
