@@ -5,7 +5,7 @@ import socket
 from contextlib import closing
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from comms.tcp_peer import Inbox, Peer
@@ -51,6 +51,8 @@ def on_the_wire(messages: list[list[int]]) -> tuple[bytes, list[bytes]]:
     ahead=st.integers(0, 2),
     known=st.booleans(),
 )
+@example(messages=[[700_000]], cuts=[0.5], near_end=100, ahead=0, known=True)
+@example(messages=[[100]], cuts=[], near_end=300, ahead=1, known=False)
 def test_frames_may_be_cut_anywhere(messages, cuts, near_end, ahead, known) -> None:
     """The last bytes come alone, after the kernel was asked to wake us for many."""
     stream, contents = on_the_wire(messages)
@@ -66,7 +68,7 @@ def test_frames_may_be_cut_anywhere(messages, cuts, near_end, ahead, known) -> N
         for lo, hi in zip([0, *ends], [*ends, len(stream)], strict=True):
             sent, piece = 0, memoryview(stream)[lo:hi]
             while sent < len(piece) or select.select([near], [], [], 0.002)[0]:
-                if sent < len(piece) and select.select([], [far], [], 0)[1]:
+                while sent < len(piece) and select.select([], [far], [], 0.002)[1]:
                     sent += far.send(piece[sent:])
                 if select.select([near], [], [], 0)[0] and not peer.receive():
                     if not waiting:
