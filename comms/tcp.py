@@ -69,11 +69,12 @@ class TcpGroup(ExchangeCollectives):
         self._hang_up(reason)
 
     def close(self) -> None:
-        self._error = self._error or f"group {self.name!r} is closed"
+        with self._lock:  # or the background thread might miss the call to work, its last
+            self._error = self._error or f"group {self.name!r} is closed"
+            self._work.set()
         if not self._peers:
             return
         os.eventfd_write(self._alarm, 1)
-        self._work.set()
         if self._background is not None:
             self._background.join(_JOIN_S)
         for peer in self._peers.values():
@@ -234,6 +235,8 @@ class TcpGroup(ExchangeCollectives):
                 return
             ready = self._epoll.poll(_SLICE_S)
             with self._lock:
+                if self._error is not None:
+                    return
                 if self._num_waiting or all(self._is_done(t) for t in self._under_way):
                     self._work.clear()
                 else:
