@@ -83,10 +83,12 @@ class CommsConfig(Section):
     dispatch_dtype: WireDtype = "bfloat16"
     """How tokens travel. bfloat16: rows as they are (fp32 stays fp32). float8: e4m3 with one scale
     per 128 channels."""
-    combine: CombineMode = "node"
-    """node: sums inside a node cross once. exact: every expert row returns; layout-independent."""
+    combine: CombineMode = "fixed"
+    """How a token's expert outputs add up. fixed: in integers, the same bits wherever experts are.
+    node: in floating point, each node's sum carried by combine_dtype. exact: every expert row
+    returns, which moves the most bytes."""
     combine_dtype: WireDtype = "bfloat16"
-    """What carries the sums of combine: node."""
+    """What carries the sums of combine node: any of the names of dispatch_dtype."""
     timeout_s: Seconds = 60.0
 
 

@@ -49,7 +49,7 @@ def test_unknown_key_names_the_nearest(key, suggestion):
     ("override", "parts"),
     [
         ("dtype=float16", ["dtype = 'float16'", "'bfloat16' or 'float32'"]),
-        ("comms.combine=mean", ["comms.combine = 'mean'", "'node' or 'exact'"]),
+        ("comms.combine=mean", ["comms.combine = 'mean'", "'node', 'exact' or 'fixed'"]),
         ("server.port=70000", ["server.port = 70000", ">= 0", "<= 65535"]),
         ("parallel.num_nodes=0", ["parallel.num_nodes = 0", ">= 1"]),
         ("parallel.tensor_parallel_size=0", ["parallel.tensor_parallel_size = 0", ">= 1", "null"]),

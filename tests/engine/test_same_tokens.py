@@ -1,13 +1,15 @@
 """Same request, same tokens: `mosaic` in BF16, greedy and seeded, bit for bit.
 
 Ring 1 on every layout: alone, among 30 others with prompts cut into chunks, under a cache so small
-that sequences are preempted, and in ten runs. Ring 2 with the exact combine: across EP/DP layouts,
-placements and dispatchers. Across TP sizes tokens are promised in fp32 only.
+that sequences are preempted, in ten runs, and overlapped. Ring 2 by the default combine: across
+EP/DP layouts, placements and dispatchers. Across TP sizes tokens are promised in fp32 only.
 """
 
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,9 +20,13 @@ from cluster.config import ServeConfig
 from cluster.engine.engine import Leader, build_engine
 from cluster.engine.mailbox import Frame, LocalMailbox
 from cluster.engine.sampling_params import SamplingParams
+from cluster.model import transformer
+from cluster.model.micro_batches import Pass, interleave
 from comms.groups import ParallelGroups
 from comms.launch import RankPool
+from comms.links import LinkSpeed
 from comms.topology import Topology
+from comms.where import Where
 from deploy.settings import BUNDLED_MODELS
 
 MOSAIC = BUNDLED_MODELS["mosaic"]
@@ -143,19 +149,57 @@ def test_ten_runs(rank_pool: RankPool) -> None:
 
 
 @pytest.mark.timeout(TIMEOUT_S)
-def test_exact_combine_is_equal_across_layouts_and_placements(rank_pool: RankPool) -> None:
+def test_layouts_dispatchers_and_placements_change_nothing(rank_pool: RankPool) -> None:
     """Ring 2 in BF16, at one TP size: EP/DP layouts, dispatchers, redundant experts."""
-    exact = {"combine": "exact"}
+    flat, low_latency = {"all2all_backend": "flat"}, {"all2all_backend": "low_latency"}
     configs = [
-        config_for(1, 1, comms=exact),
-        config_for(2, 1, comms=exact),
-        config_for(2, 2, comms=exact, parallel={"tensor_parallel_size": 1}),
-        config_for(3, 2, comms=exact, parallel={"tensor_parallel_size": 1}),
-        config_for(2, 1, comms={**exact, "all2all_backend": "flat"}),
-        config_for(2, 1, comms=exact, experts={"num_redundant_experts": 8}),
+        config_for(1, 1),
+        config_for(2, 1),
+        config_for(2, 2, parallel={"tensor_parallel_size": 1}),
+        config_for(3, 2, parallel={"tensor_parallel_size": 1}),
+        config_for(2, 1, comms=flat),
+        config_for(2, 1, comms=low_latency),
+        config_for(2, 1, experts={"num_redundant_experts": 8}),
     ]
     runs = [serve(rank_pool, config, watched(FEW_TOKENS)) for config in configs]
     assert all(run == runs[0] for run in runs)
+
+
+@pytest.mark.timeout(TIMEOUT_S)
+def test_exact_combine_is_equal_across_layouts(rank_pool: RankPool) -> None:
+    configs = [config_for(nodes, 1, comms={"combine": "exact"}) for nodes in (1, 2)]
+    runs = [serve(rank_pool, config, watched(FEW_TOKENS)) for config in configs]
+    assert runs[0] == runs[1]
+
+
+def generate_overlapped(
+    groups: ParallelGroups, config: ServeConfig, requests: list[Frame]
+) -> tuple[dict[str, list[int]], int]:
+    """offline.generate over links so slow that everything is overlapped, and in how many steps
+    there were two micro-batches."""
+    groups = replace(groups, links=LinkSpeed(latency_s=0.0, bytes_per_s=1.0))
+    halves = []
+
+    def counted(passes: list[Pass], where: Where) -> list[torch.Tensor]:
+        halves.append(len(passes) == 2)
+        return interleave(passes, where)
+
+    with mock.patch.object(transformer, "interleave", counted):
+        return offline.generate(groups, config, requests), sum(halves)
+
+
+@pytest.mark.timeout(TIMEOUT_S)
+def test_overlap_changes_nothing(rank_pool: RankPool) -> None:
+    """Two parts and two micro-batches, in steps with much to do; alone there is nothing to split."""
+    config = config_for(
+        2, 2, scheduler={"max_num_seqs": 32, "max_num_batched_tokens": 64}, cache={"num_blocks": 64}
+    )
+    requests = [*company(), *watched(FEW_TOKENS)]
+    topology = config.parallel.topology
+    parts = rank_pool.run(generate_overlapped, topology, config, requests, timeout_s=TIMEOUT_S)
+    tokens = {name: ids for part, _ in parts for name, ids in part.items()}
+    assert min(halves for _, halves in parts) > 10
+    assert pick(tokens) == pick(serve(rank_pool, config, watched(FEW_TOKENS)))
 
 
 @pytest.mark.timeout(TIMEOUT_S)

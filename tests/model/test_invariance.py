@@ -80,7 +80,7 @@ def test_bits_do_not_depend_on_company_chunks_or_blocks(
         assert torch.equal(torch.cat(logits[i]), expected[i]), f"sequence {i}"
 
 
-LAYOUTS = [(2, 2, 2, "node"), (2, 2, 1, "node"), (3, 2, 2, "node"), (2, 2, 2, "exact")]
+LAYOUTS = [(2, 2, 2, "fixed"), (2, 2, 1, "node"), (3, 2, 2, "node"), (2, 2, 2, "exact")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -124,10 +124,11 @@ def test_redundant_experts_do_not_break_invariance(rank_pool, checkpoint_dir):
     assert torch.equal(company, alone)
 
 
-def test_exact_combine_is_equal_across_expert_layouts(rank_pool, checkpoint_dir):
-    """BF16, combine "exact", one rank a replica: any number of ranks and nodes, same bits."""
+@pytest.mark.parametrize("combine", ["exact", "fixed"])
+def test_combine_is_equal_across_expert_layouts(rank_pool, checkpoint_dir, combine):
+    """BF16, one rank a replica: any number of ranks and nodes, same bits."""
     directory = checkpoint_dir("deepseek_v3_qlora")
-    options = Options(dtype=torch.bfloat16, combine="exact")
+    options = Options(dtype=torch.bfloat16, combine=combine)
     logits = [
         rank_pool.run(
             serve,

@@ -50,7 +50,7 @@ def test_equals_transformers(rank_pool, checkpoint_dir, reference, name, layout,
     assert_equal_to_reference(results, answers)
 
 
-@pytest.mark.parametrize("combine", ["node", "exact"])
+@pytest.mark.parametrize("combine", ["node", "exact", "fixed"])
 @pytest.mark.parametrize("name", ["deepseek_v3_qlora", "qwen3_moe_norm"])
 def test_data_parallel_replicas_with_redundant_experts(
     rank_pool, checkpoint_dir, reference, name, combine
