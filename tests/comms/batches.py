@@ -148,13 +148,18 @@ def make_placement(
     *,
     tokens: int,
     experts: int,
-    skew: float = 0.0,
+    skew: float | None = 0.0,
     spare_slots: int = 0,
 ) -> Placement:
-    """Experts in random slots; tokens in random order on random ranks, some of which have none."""
+    """Experts in random slots; tokens in random order on random ranks, some of which have none.
+
+    With skew None every rank has as many tokens, or one more.
+    """
     slots_per_rank = -(-experts // topology.world_size) + spare_slots
     num_slots = topology.world_size * slots_per_rank
-    rank_N = skewed(rng, topology.world_size, (tokens,), skew)
+    rank_N = torch.from_numpy(rng.permutation(tokens)) % topology.world_size
+    if skew is not None:
+        rank_N = skewed(rng, topology.world_size, (tokens,), skew)
     order_N = torch.from_numpy(rng.permutation(tokens))
     return Placement(
         topology=topology,
