@@ -89,8 +89,9 @@ class HierarchicalDispatcher(BaseDispatcher):
             self.overlap = False
             return 1
         rule = self._overlap_rule
-        self.overlap = rule.two_parts(max_tokens)
-        return rule.micro_batches(max_tokens)
+        micro_batches = rule.micro_batches(max_tokens)
+        self.overlap = micro_batches == 1 and rule.two_parts(max_tokens)
+        return micro_batches
 
     @cached_property
     def _overlap_rule(self) -> OverlapRule:

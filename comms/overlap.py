@@ -3,7 +3,8 @@
 Two things hide time on the network. A dispatch in *two parts* lets the experts start on rows of the
 own node while others are in flight, and costs a second exchange inside the node each way. Two
 *micro-batches* let one compute while the other is in flight, and cost everything that a layer does
-per batch and not per token, once more. Both pay when the network takes longer than that.
+per batch and not per token, once more. Each pays when the network takes longer than that; where two
+micro-batches do, parts of them hide nothing more.
 
 The costs are those of a CPU; `expertmesh bench overlap` shows both sides.
 """
