@@ -5,12 +5,14 @@ Legend: T my tokens, H hidden, K top-k, P pairs.
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import get_args
+from typing import Any, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from comms.codec import WireFormat
+from comms.codec import Records, WireFormat
 from comms.dispatcher import (
     CombineMode,
     DispatchHandle,
@@ -23,6 +25,7 @@ from comms.group import Group, PendingExchange
 from comms.groups import ParallelGroups
 from comms.ledger import TrafficLedger
 from comms.reduction import FixedReduction, NodeReduction, Reduction
+from comms.routes import Indices
 from comms.trace import NO_TRACE, Trace
 
 _CHUNK_TOKENS = 256  # packed while the chunk before is being sent
@@ -35,6 +38,8 @@ class BaseDispatcher:
     dtype, the others quantise them once. combine: see `reference.py`; combine_dtype: what carries
     the node sums of combine "node".
     """
+
+    addressed = False  # whether packed rows say which token they are of
 
     def __init__(
         self,
@@ -62,6 +67,7 @@ class BaseDispatcher:
         self.combine_dtype = combine_dtype
         self.trace = trace
         self.ledger = TrafficLedger(topology=groups.topology, where=groups.where)
+        self._wires: dict[tuple[torch.dtype, int], WireFormat] = {}
 
     def expect(self, max_tokens: int | None) -> int:
         return 1
@@ -93,6 +99,12 @@ class BaseDispatcher:
             return FixedReduction(self.hidden, dtype)
         return NodeReduction(self.hidden, dtype, self.combine_dtype)
 
+    def _local_slots(self, slots_RK: NDArray[Any]) -> Indices:
+        """The local slot of each entry that is on this rank, -1 for the others."""
+        local_RK = slots_RK.astype(np.int64) - self.rank * self.slots_per_rank
+        local_RK[(local_RK < 0) | (local_RK >= self.slots_per_rank)] = -1
+        return local_RK
+
     # -- checks ------------------------------------------------------------------------------
 
     def _check(
@@ -115,14 +127,18 @@ class BaseDispatcher:
         if fixed and (range_T is None or range_T.shape != shape[:1]):
             got = "None" if range_T is None else _describe(range_T)
             raise ValueError(f'combine "fixed" needs range_T fp32 {[shape[0]]}, got {got}')
-        return WireFormat(
-            hidden=self.hidden,
-            num_topk=shape[1],
-            dtype=x_TH.dtype,
-            codec=self.dispatch_dtype,
-            num_slots=num_slots,
-            with_range=fixed,
-        )
+        wire = self._wires.get((x_TH.dtype, shape[1]))
+        if wire is None:
+            wire = self._wires[x_TH.dtype, shape[1]] = WireFormat(
+                hidden=self.hidden,
+                num_topk=shape[1],
+                dtype=x_TH.dtype,
+                codec=self.dispatch_dtype,
+                num_slots=num_slots,
+                with_range=fixed,
+                with_address=self.addressed,
+            )
+        return wire
 
     def _check_outputs(
         self, outputs: Sequence[Tensor], handle: DispatchHandle, dtype: torch.dtype
@@ -146,12 +162,14 @@ class BaseDispatcher:
         slots_TK: Tensor,
         weights_TK: Tensor,
         range_T: Tensor | None,
-    ) -> Iterator[Tensor]:
-        """Packed rows of my tokens, chunk by chunk; at least one, which may be empty."""
+        address: int | None = None,
+    ) -> Iterator[Records]:
+        """My tokens, chunk by chunk; at least one, which may be empty. `address`: of the first."""
         for lo in range(0, max(1, len(x_TH)), _CHUNK_TOKENS):
             chunk = slice(lo, lo + _CHUNK_TOKENS)
             ranges = range_T[chunk] if wire.with_range and range_T is not None else None
-            yield wire.pack(x_TH[chunk], slots_TK[chunk], weights_TK[chunk], ranges)
+            first = None if address is None else address + lo
+            yield wire.pack(x_TH[chunk], slots_TK[chunk], weights_TK[chunk], ranges, first)
 
     def _start(self, stage: str, group: Group, chunks: Iterable[Sequence[Tensor]]) -> "Booked":
         return Booked(self, stage, group, chunks)

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from comms.routes import Indices, Pairs
 from comms.sizes import as_bytes
 
-_TILE = 512 * 1024  # elements worked on at once, as in `comms/codecs.py`
+_EXACT_IN_FP32 = 2**24  # integers up to here, and their sums; fp64 has them all, at half the speed
 _HEADER = struct.Struct("<ii")  # bytes of a body element, escapes
 
 
@@ -37,44 +38,41 @@ def steps_per_range(dtype: torch.dtype) -> float:
     return 2.0**22 if dtype == torch.float32 else 2.0**15
 
 
-def fixed_sum(y_PH: Tensor, positions_RK: Tensor, weights_RK: Tensor, range_R: Tensor) -> Tensor:
+def fixed_sum(y_PH: Tensor, pairs: Pairs, range_R: Tensor) -> Tensor:
     """total_RC, int32: the sum of each row's pairs on its grid, and its number of refused pairs.
 
-    positions_RK says where a pair's output is in y_PH, -1 = not here; K is that of the token, also
-    where most of its pairs are elsewhere. range_R is fp32; one that is not positive and finite
-    refuses its pairs.
+    The K of the pairs is that of the token, also where most of its pairs are elsewhere. range_R is
+    fp32; one that is not positive and finite refuses its pairs.
     """
-    num_rows, num_topk = positions_RK.shape
-    hidden = y_PH.shape[1]
-    total_RC = torch.zeros((num_rows, hidden + 1), dtype=torch.int32)
-    if y_PH.shape[0] == 0:
-        return total_RC
-    factors_RK = weights_RK * (steps_per_range(y_PH.dtype) / range_R)[:, None]
-    factors_RK[~((range_R > 0) & (range_R < torch.inf))] = torch.nan
+    num_rows, num_topk, hidden = pairs.num_rows, pairs.num_topk, y_PH.shape[1]
     limit = _greatest_summand(num_topk)
-    rows_per_tile = max(1, _TILE // hidden)
-    for start in range(0, num_rows, rows_per_tile):
-        positions_VK = positions_RK[start : start + rows_per_tile]
-        factors_VK = factors_RK[start : start + rows_per_tile]
-        tile_VC = total_RC[start : start + rows_per_tile]
-        for k in range(num_topk):
-            here = (positions_VK[:, k] >= 0).nonzero()[:, 0]
-            if len(here) == 0:
-                continue
-            scaled_VH = y_PH.index_select(0, positions_VK[here, k]).float()
-            scaled_VH.mul_(factors_VK[here, k, None])
-            peak_V = torch.maximum(scaled_VH.amax(dim=1), -scaled_VH.amin(dim=1))
-            refused_V = ~(peak_V <= limit)  # a NaN is not
-            if refused_V.any():
-                scaled_VH.masked_fill_(refused_V[:, None], 0.0)
-                add_rows(tile_VC[:, hidden:], refused_V.to(torch.int32)[:, None], here)
-            add_rows(tile_VC[:, :hidden], scaled_VH.round_().to(torch.int32), here)
+    factor_R = torch.where(
+        (range_R > 0) & (range_R < torch.inf), steps_per_range(y_PH.dtype) / range_R, torch.nan
+    )
+    rows_P = torch.from_numpy(pairs.rows_P)
+    factors_P = factor_R[rows_P].mul_(torch.from_numpy(pairs.weights_P))
+    refused_R = torch.zeros(num_rows, dtype=torch.int32)
+    sums_RH = torch.zeros((num_rows, hidden))
+    for tile in pairs.tiles(hidden):
+        scaled_VH = y_PH[tile].to(torch.float32, copy=True).mul_(factors_P[tile, None])
+        peak_V = torch.maximum(scaled_VH.amax(dim=1), -scaled_VH.amin(dim=1))
+        if not peak_V.max() <= limit:  # a NaN is not
+            refused_V = ~(peak_V <= limit)
+            scaled_VH.masked_fill_(refused_V[:, None], 0.0)
+            peak_V.masked_fill_(refused_V, 0.0)
+            refused_R.index_add_(0, rows_P[tile], refused_V.to(torch.int32))
+        if peak_V.max() * num_topk > _EXACT_IN_FP32:
+            sums_RH = sums_RH.double()
+        sums_RH.index_add_(0, rows_P[tile], scaled_VH.round_().to(sums_RH.dtype))
+    total_RC = torch.empty((num_rows, hidden + 1), dtype=torch.int32)
+    total_RC[:, :hidden] = sums_RH
+    total_RC[:, hidden] = refused_R
     return total_RC
 
 
-def add_rows(total_TC: Tensor, part_VC: Tensor, rows_V: Tensor) -> None:
+def add_rows(total_TC: Tensor, part_VC: Tensor, rows_V: Indices) -> None:
     """total[rows] += part, no row twice. (In numpy: torch's index_add_ of int32 is 6 times slower.)"""
-    total_TC.numpy()[rows_V.numpy()] += part_VC.numpy()
+    total_TC.numpy()[rows_V] += part_VC.numpy()
 
 
 def to_floats(total_TC: Tensor, range_T: Tensor, dtype: torch.dtype) -> Tensor:

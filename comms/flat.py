@@ -10,20 +10,22 @@ Legend: T my tokens, H hidden, K top-k, R received rows, P pairs.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from comms.base import BaseDispatcher, Booked
 from comms.codec import WireFormat
-from comms.codecs import CODECS
 from comms.dispatcher import DispatchHandle, Received
 from comms.reduction import Reduction
 from comms.routes import (
+    Indices,
+    Pairs,
     RowRoute,
-    pair_positions,
-    pairs_per_segment,
-    route_pairs,
+    joined_rows,
+    pairs_by_row,
     route_rows,
+    sums_of_segments,
     weighted_sum,
 )
 from comms.sizes import as_bytes
@@ -32,15 +34,14 @@ from comms.sizes import as_bytes
 @dataclass(frozen=True, kw_only=True)
 class FlatHandle(DispatchHandle):
     """sent: my rows by destination rank. ranks_TK: the rank of each entry. recv_counts: rows that
-    I received, by source rank; local slots, weights and ranges of those rows."""
+    I received, by source rank; the ranges of those rows and their pairs on this rank."""
 
     wire: WireFormat
     reduction: Reduction
     sent: RowRoute
-    ranks_TK: Tensor
+    ranks_TK: Indices
     recv_counts: list[int]
-    local_slots_RK: Tensor
-    weights_RK: Tensor
+    pairs: Pairs | None
     range_R: Tensor | None
 
 
@@ -51,7 +52,7 @@ class FlatDispatcher(BaseDispatcher):
         self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, range_T: Tensor | None = None
     ) -> "RowsInFlight":
         wire = self._check(x_TH, slots_TK, weights_TK, range_T)
-        ranks_TK = slots_TK.div(self.slots_per_rank, rounding_mode="floor")
+        ranks_TK = slots_TK.numpy() // self.slots_per_rank
         sent = route_rows(ranks_TK, self.topology.world_size)
         rows = self._packed(wire, x_TH, slots_TK, weights_TK, range_T)
         exchange = self._start("dispatch", self.groups.world, sent.of_chunks(rows))
@@ -64,46 +65,47 @@ class FlatDispatcher(BaseDispatcher):
             sent=sent,
             ranks_TK=ranks_TK,
             recv_counts=[],
-            local_slots_RK=slots_TK[:0],
-            weights_RK=weights_TK[:0],
+            pairs=None,
             range_R=None,
         )
         return RowsInFlight(self, handle, exchange)
 
     def dispatch_again(self, x_TH: Tensor, handle: DispatchHandle) -> Tensor:
         handle = self._own(handle)
-        packed = CODECS[handle.wire.codec].encode(x_TH)
-        parts = [packed[rows].reshape(-1) for rows in handle.sent.parts]
-        arrived = self._exchange("dispatch", self.groups.world, parts)
-        return handle.wire.unpack_x(torch.cat(arrived).view(-1, packed.shape[1]))
+        payload_TB = handle.wire.encode(x_TH).numpy()
+        arrived = self._exchange("dispatch", self.groups.world, handle.sent.messages(payload_TB))
+        rows = [message.numpy().reshape(-1, payload_TB.shape[1]) for message in arrived]
+        return handle.wire.decode(joined_rows(rows))
 
     def start_combine(self, outputs: Sequence[Tensor], handle: DispatchHandle) -> "PartsInFlight":
         handle = self._own(handle)
         self._check_outputs(outputs, handle, handle.wire.dtype)
-        (rows,), counts = outputs, handle.recv_counts
+        (rows,), counts, pairs = outputs, handle.recv_counts, handle.pairs
+        assert pairs is not None, "set when the tokens arrived"
         if self.combine_mode == "exact":
-            counts = pairs_per_segment(handle.local_slots_RK, counts)
+            counts = sums_of_segments(np.bincount(pairs.rows_P, minlength=pairs.num_rows), counts)
         else:
-            positions_RK = pair_positions(handle.local_slots_RK)
-            rows = handle.reduction.partial(rows, positions_RK, handle.weights_RK, handle.range_R)
+            rows = handle.reduction.partial(rows, pairs, handle.range_R)
         messages = [as_bytes(part) for part in torch.split(rows, counts)]
         return PartsInFlight(self, handle, self._start("combine", self.groups.world, [messages]))
 
     def arrive(self, messages: list[Tensor], handle: FlatHandle) -> tuple[Received, FlatHandle]:
         """What the ranks sent me, and the handle that knows of it."""
         wire = handle.wire
-        rows_RB = torch.cat(messages).view(-1, wire.row_bytes)
-        slots_RK = wire.unpack_slots(rows_RB) - self.rank * self.slots_per_rank
-        mine_RK = (slots_RK >= 0) & (slots_RK < self.slots_per_rank)
-        local_slots_RK = torch.where(mine_RK, slots_RK, -1)
-        received = Received(x_RH=wire.unpack_x(rows_RB), local_slots_RK=local_slots_RK)
+        arrived = [wire.records(message) for message in messages]
+        tail_R = joined_rows([records["tail"] for records in arrived])
+        local_slots_RK = self._local_slots(tail_R["slots"])
+        pairs = Pairs.of(local_slots_RK, tail_R["weights"])
+        received = Received(
+            x_RH=wire.decode(joined_rows([records["payload"] for records in arrived])),
+            local_slots_RK=torch.from_numpy(local_slots_RK),
+        )
         return received, replace(
             handle,
-            num_pairs=(int(mine_RK.sum()),),
-            recv_counts=[message.numel() // wire.row_bytes for message in messages],
-            local_slots_RK=local_slots_RK,
-            weights_RK=wire.unpack_weights(rows_RB),
-            range_R=wire.unpack_range(rows_RB) if wire.with_range else None,
+            num_pairs=(len(pairs),),
+            recv_counts=[len(records) for records in arrived],
+            pairs=pairs,
+            range_R=torch.from_numpy(tail_R["range"]) if wire.with_range else None,
         )
 
     def finish(self, messages: list[Tensor], handle: FlatHandle) -> Tensor:
@@ -111,13 +113,14 @@ class FlatDispatcher(BaseDispatcher):
         dtype, num_tokens = handle.wire.dtype, len(handle.weights_TK)
         if self.combine_mode == "exact":
             pairs_PH = torch.cat(messages).view(dtype).view(-1, self.hidden)
-            route = route_pairs(handle.ranks_TK, self.topology.world_size)
-            return weighted_sum(pairs_PH, route.positions_RK, handle.weights_TK).to(dtype)
+            in_order_PH = pairs_PH[torch.from_numpy(pairs_by_row(handle.ranks_TK))]
+            pairs = Pairs.of(handle.ranks_TK, handle.weights_TK.numpy())
+            return weighted_sum(in_order_PH, pairs).to(dtype)
         reduction, topology = handle.reduction, self.topology
         partials = [
             m.view(reduction.partial_dtype).view(-1, reduction.partial_columns) for m in messages
         ]
-        everything = torch.arange(num_tokens)
+        everything = np.arange(num_tokens)
         sums = []
         for node in range(topology.num_nodes):
             first, last = topology.node_ranks(node)[0], topology.node_ranks(node)[-1] + 1

@@ -23,8 +23,11 @@ others leave first.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from comms.base import BaseDispatcher, Booked
@@ -34,18 +37,19 @@ from comms.dispatcher import DispatchHandle, Received
 from comms.overlap import OverlapRule
 from comms.reduction import Reduction
 from comms.routes import (
+    Indices,
+    Pairs,
     RowRoute,
-    pair_positions,
-    pairs_in_row_order,
-    pairs_per_segment,
-    route_pairs,
+    inverse,
+    joined_rows,
+    pairs_by_row,
     route_rows,
+    sums_of_segments,
     weighted_sum,
 )
-from comms.sizes import as_bytes
+from comms.sizes import as_bytes, joined
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
-_ADDRESS_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +57,20 @@ class Part:
     """Rows of some source nodes, on the rail and at the experts of this rank.
 
     On the rail: rail_counts by source, the local ranks of each entry, `forwarded` by local rank.
-    At the experts, rows in order of address: `received` are those that each local rank forwarded, in
-    its order; addresses, local slots, weights and ranges.
+    At the experts, recv_counts by local rank; in order of address the addresses and local slots; in
+    order of arrival, where each peer's rows are side by side, the ranges and what `pairs` add to.
+    order_R leads from the one order to the other.
     """
 
     sources: tuple[int, ...]
     rail_counts: list[int]
-    local_ranks_VK: Tensor
+    local_ranks_VK: Indices
     forwarded: RowRoute
-    received: list[Tensor]
-    address_R: Tensor
-    local_slots_RK: Tensor
-    weights_RK: Tensor
+    recv_counts: list[int]
+    order_R: Indices
+    address_R: Indices
+    local_slots_RK: Indices
+    pairs: Pairs
     range_R: Tensor | None
 
 
@@ -75,13 +81,14 @@ class HierarchicalHandle(DispatchHandle):
     wire: WireFormat
     reduction: Reduction
     sent: RowRoute
-    nodes_TK: Tensor
+    nodes_TK: Indices
     parts: tuple[Part, ...]
 
 
 class HierarchicalDispatcher(BaseDispatcher):
     """TokenDispatcher in two tiers: rails between nodes, shared memory within."""
 
+    addressed = True
     overlap = False  # dispatch in two parts, not one; the same on all ranks
 
     def expect(self, max_tokens: int | None) -> int:
@@ -113,7 +120,7 @@ class HierarchicalDispatcher(BaseDispatcher):
     ) -> "TokensInFlight":
         wire = self._check(x_TH, slots_TK, weights_TK, range_T)
         slots_per_node = self.topology.ranks_per_node * self.slots_per_rank
-        nodes_TK = slots_TK.div(slots_per_node, rounding_mode="floor")
+        nodes_TK = slots_TK.numpy() // slots_per_node
         sent = route_rows(nodes_TK, self.topology.num_nodes)
         handle = HierarchicalHandle(
             num_pairs=(),
@@ -126,24 +133,24 @@ class HierarchicalDispatcher(BaseDispatcher):
             parts=(),
         )
         own: list[Tensor] = []
-        rows = self._packed(wire, x_TH, slots_TK, weights_TK, range_T)
-        chunks = _set_aside(sent.of_chunks(self._addressed(rows)), self.groups.rail.idx, own)
+        address = self.rank * self.stride
+        rows = self._packed(wire, x_TH, slots_TK, weights_TK, range_T, address)
+        chunks = _set_aside(sent.of_chunks(rows), self.groups.rail.idx, own)
         exchange = self._start("dispatch/exchange", self.groups.rail, chunks)
-        return TokensInFlight(self, handle, exchange, torch.cat(own))
+        return TokensInFlight(self, handle, exchange, joined(own))
 
     def dispatch_again(self, x_TH: Tensor, handle: DispatchHandle) -> Tensor:
         handle = self._own(handle)
-        codec = CODECS[handle.wire.codec]
-        sent = codec.encode(x_TH)
-        messages = [sent[rows].reshape(-1) for rows in handle.sent.parts]
+        payload_TB = handle.wire.encode(x_TH).numpy()
+        num_bytes = payload_TB.shape[1]
+        messages = handle.sent.messages(payload_TB)
         arrived = self._exchange("dispatch/exchange", self.groups.rail, messages)
         again = []
         for part in handle.parts:
-            on_rail = _rows([arrived[source] for source in part.sources], sent.shape[1])
-            rows = _rows(self._scatter(on_rail, part.forwarded), sent.shape[1])
-            in_order = torch.empty_like(rows).index_copy_(0, torch.cat(part.received), rows)
-            x_RH = codec.decode(in_order, self.hidden, x_TH.dtype)
-            again.append(self._hand_over(x_RH, part).x_RH)
+            on_rail = [arrived[source].numpy().reshape(-1, num_bytes) for source in part.sources]
+            messages = self._scatter(joined_rows(on_rail), part.forwarded)
+            payloads = [message.numpy().reshape(-1, num_bytes) for message in messages]
+            again.append(self._hand_over(payloads, part, handle.wire).x_RH)
         return torch.cat(again)
 
     def start_combine(self, outputs: Sequence[Tensor], handle: DispatchHandle) -> "SumsInFlight":
@@ -168,55 +175,61 @@ class HierarchicalDispatcher(BaseDispatcher):
         self, sources: Sequence[int], messages: Sequence[Tensor], wire: WireFormat
     ) -> tuple[Received, Part]:
         """Scatter what came over the rail from `sources`; collective over the node."""
-        row_bytes = wire.row_bytes + _ADDRESS_BYTES
-        on_rail = _rows(messages, row_bytes)
-        local_ranks_VK = self._local_ranks(wire.unpack_slots(on_rail))
+        on_rail = joined_rows([wire.records(message) for message in messages])
+        local_ranks_VK = self._local_ranks(on_rail["tail"]["slots"])
         forwarded = route_rows(local_ranks_VK, self.groups.node.size)
-        arrived = self._scatter(on_rail, forwarded)
-        rows_RB = _rows(arrived, row_bytes)
-        order = torch.argsort(_address(rows_RB))
-        places = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
-        rows_RB = rows_RB[order]
-
-        slots_RK = wire.unpack_slots(rows_RB) - self.rank * self.slots_per_rank
-        mine_RK = (slots_RK >= 0) & (slots_RK < self.slots_per_rank)
+        arrived = [wire.records(message) for message in self._scatter(on_rail, forwarded)]
+        tail_R = joined_rows([records["tail"] for records in arrived])
+        order_R = tail_R["address"].argsort()
+        in_order_R = tail_R[order_R]
+        local_slots_RK = self._local_slots(in_order_R["slots"])
         part = Part(
             sources=tuple(sources),
-            rail_counts=[message.numel() // row_bytes for message in messages],
+            rail_counts=[message.shape[0] // wire.row_bytes for message in messages],
             local_ranks_VK=local_ranks_VK,
             forwarded=forwarded,
-            received=list(torch.split(places, [m.numel() // row_bytes for m in arrived])),
-            address_R=_address(rows_RB),
-            local_slots_RK=torch.where(mine_RK, slots_RK, -1),
-            weights_RK=wire.unpack_weights(rows_RB),
-            range_R=wire.unpack_range(rows_RB) if wire.with_range else None,
+            recv_counts=[len(records) for records in arrived],
+            order_R=order_R,
+            address_R=in_order_R["address"],
+            local_slots_RK=local_slots_RK,
+            pairs=Pairs.of(local_slots_RK, in_order_R["weights"], order_R),
+            range_R=torch.from_numpy(tail_R["range"]) if wire.with_range else None,
         )
-        return self._hand_over(wire.unpack_x(rows_RB), part), part
+        return self._hand_over([records["payload"] for records in arrived], part, wire), part
 
-    def _local_ranks(self, slots_VK: Tensor) -> Tensor:
+    def _local_ranks(self, slots_VK: NDArray[Any]) -> Indices:
         """The local rank of each entry that is on this node, -1 for the others."""
         node = self.groups.node
         first = self.groups.rail.idx * node.size * self.slots_per_rank
-        ranks_VK = (slots_VK - first).div(self.slots_per_rank, rounding_mode="floor")
-        return torch.where((ranks_VK >= 0) & (ranks_VK < node.size) & (slots_VK >= 0), ranks_VK, -1)
+        ranks_VK = (slots_VK.astype(np.int64) - first) // self.slots_per_rank
+        ranks_VK[(ranks_VK < 0) | (ranks_VK >= node.size)] = -1
+        return ranks_VK
 
-    def _scatter(self, on_rail: Tensor, forwarded: RowRoute) -> list[Tensor]:
+    def _scatter(self, on_rail: NDArray[Any], forwarded: RowRoute) -> list[Tensor]:
         """Flat rows that each local rank forwards to me."""
-        messages = [on_rail[rows].reshape(-1) for rows in forwarded.parts]
+        messages = forwarded.messages(on_rail)
         return self._exchange("dispatch/scatter", self.groups.node, messages)
 
-    def _hand_over(self, x_RH: Tensor, part: Part) -> Received:
-        """Rows in order of address, as the experts get them."""
-        return Received(x_RH=x_RH, local_slots_RK=part.local_slots_RK)
+    def _hand_over(
+        self, payloads: Sequence[NDArray[np.uint8]], part: Part, wire: WireFormat
+    ) -> Received:
+        """Rows in order of address, as the experts get them, from the payloads that each peer sent."""
+        payload_RB = np.empty((len(part.order_R), payloads[0].shape[1]), np.uint8)
+        places_R = inverse(part.order_R)
+        start = 0
+        for rows in payloads:
+            payload_RB[places_R[start : start + len(rows)]] = rows
+            start += len(rows)
+        local_slots_RK = torch.from_numpy(part.local_slots_RK)
+        return Received(x_RH=wire.decode(payload_RB), local_slots_RK=local_slots_RK)
 
     # -- combine: from the experts to the rail, and home -----------------------------------------
 
     def _sums_to_rail(self, part: Part, y_PH: Tensor, handle: HierarchicalHandle) -> list[Tensor]:
         """Encoded node sums for each source node of the part."""
         reduction = handle.reduction
-        positions_RK = pair_positions(part.local_slots_RK)
-        partial_RH = reduction.partial(y_PH, positions_RK, part.weights_RK, part.range_R)
-        messages = [as_bytes(partial_RH[rows]) for rows in part.received]
+        partial_RH = reduction.partial(y_PH, part.pairs, part.range_R)
+        messages = [as_bytes(rows) for rows in torch.split(partial_RH, part.recv_counts)]
         arrived = self._exchange("combine/reduce", self.groups.node, messages)
         partials = [
             m.view(reduction.partial_dtype).view(-1, reduction.partial_columns) for m in arrived
@@ -226,14 +239,16 @@ class HierarchicalDispatcher(BaseDispatcher):
 
     def _pairs_to_rail(self, part: Part, y_PH: Tensor, handle: HierarchicalHandle) -> list[Tensor]:
         """Every pair's row for each source node of the part, by (token, k)."""
-        positions_RK = pair_positions(part.local_slots_RK)
-        pairs = [pairs_in_row_order(positions_RK[rows]) for rows in part.received]
-        messages = [as_bytes(y_PH[of_rank]) for of_rank in pairs]
+        rows_P = part.pairs.rows_P
+        counts = sums_of_segments(
+            np.bincount(rows_P, minlength=len(part.order_R)), part.recv_counts
+        )
+        arrival = torch.from_numpy(rows_P.argsort(kind="stable"))
+        messages = [as_bytes(y_PH[of_rank]) for of_rank in torch.split(arrival, counts)]
         arrived = self._exchange("combine/reduce", self.groups.node, messages)
         pairs_PH = torch.cat(arrived).view(y_PH.dtype).view(-1, self.hidden)
-        forward = route_pairs(part.local_ranks_VK, self.groups.node.size)
-        at_rail_PH = pairs_PH[pairs_in_row_order(forward.positions_RK)]
-        counts = pairs_per_segment(part.local_ranks_VK, part.rail_counts)
+        at_rail_PH = pairs_PH[torch.from_numpy(pairs_by_row(part.local_ranks_VK))]
+        counts = sums_of_segments((part.local_ranks_VK >= 0).sum(axis=1), part.rail_counts)
         return [as_bytes(rows) for rows in torch.split(at_rail_PH, counts)]
 
     def finish(self, messages: list[Tensor], handle: HierarchicalHandle) -> Tensor:
@@ -241,19 +256,12 @@ class HierarchicalDispatcher(BaseDispatcher):
         dtype, num_tokens = handle.wire.dtype, len(handle.weights_TK)
         if self.combine_mode == "exact":
             pairs_PH = torch.cat(messages).view(dtype).view(-1, self.hidden)
-            route = route_pairs(handle.nodes_TK, self.topology.num_nodes)
-            return weighted_sum(pairs_PH, route.positions_RK, handle.weights_TK).to(dtype)
+            in_order_PH = pairs_PH[torch.from_numpy(pairs_by_row(handle.nodes_TK))]
+            pairs = Pairs.of(handle.nodes_TK, handle.weights_TK.numpy())
+            return weighted_sum(in_order_PH, pairs).to(dtype)
         reduction, sent = handle.reduction, handle.sent
         sums = [reduction.decode(m, n) for m, n in zip(messages, sent.counts, strict=True)]
         return reduction.total(sums, sent.parts, handle.range_T, num_tokens)
-
-    def _addressed(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Packed rows of my tokens with their addresses, as the last four bytes."""
-        address = self.rank * self.stride
-        for rows in chunks:
-            address_T = torch.arange(address, address + len(rows), dtype=torch.int32)
-            yield torch.cat([rows, address_T[:, None].view(torch.uint8)], dim=1)
-            address += len(rows)
 
     def _own(self, handle: DispatchHandle) -> HierarchicalHandle:
         if not isinstance(handle, HierarchicalHandle):
@@ -286,11 +294,10 @@ class TokensInFlight:
 
     def _arrive(self, sources: list[int], messages: list[Tensor]) -> Received:
         received, part = self._dispatcher.arrive(sources, messages, self.handle.wire)
-        num_pairs = int((part.local_slots_RK >= 0).sum())
         self.handle = replace(
             self.handle,
             parts=(*self.handle.parts, part),
-            num_pairs=(*self.handle.num_pairs, num_pairs),
+            num_pairs=(*self.handle.num_pairs, len(part.pairs)),
         )
         return received
 
@@ -322,12 +329,3 @@ def _set_aside(
         own.append(parts[idx])
         parts[idx] = _NOTHING
         yield parts
-
-
-def _rows(messages: Sequence[Tensor], row_bytes: int) -> Tensor:
-    flat = messages[0] if len(messages) == 1 else torch.cat(list(messages))
-    return flat.view(-1, row_bytes)
-
-
-def _address(rows_RB: Tensor) -> Tensor:
-    return rows_RB[:, -_ADDRESS_BYTES:].contiguous().view(torch.int32)[:, 0].long()

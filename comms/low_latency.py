@@ -9,11 +9,15 @@ what the experts get is always [W * C] rows, in one part. Rows that nobody sent 
 never read.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from comms.codec import WireFormat
 from comms.dispatcher import Received
 from comms.hierarchical import HierarchicalDispatcher, Part, TokensInFlight
 
@@ -44,11 +48,18 @@ class LowLatencyDispatcher(HierarchicalDispatcher):
             )
         return super().start_dispatch(x_TH, slots_TK, weights_TK, range_T)
 
-    def _hand_over(self, x_RH: Tensor, part: Part) -> Received:
+    def _hand_over(
+        self, payloads: Sequence[NDArray[np.uint8]], part: Part, wire: WireFormat
+    ) -> Received:
+        received = super()._hand_over(payloads, part, wire)
         num_rows = self.topology.world_size * self.capacity
         # What is not set here belongs to no slot, and nobody reads it.
-        placed_RH = torch.empty((num_rows, self.hidden), dtype=x_RH.dtype)
-        slots_RK = torch.full((num_rows, part.local_slots_RK.shape[1]), -1)
-        placed_RH[part.address_R] = x_RH
+        x_RH = torch.empty((num_rows, self.hidden), dtype=wire.dtype)
+        slots_RK = np.full((num_rows, wire.num_topk), -1)
+        _bytes_of(x_RH)[part.address_R] = _bytes_of(received.x_RH)
         slots_RK[part.address_R] = part.local_slots_RK
-        return Received(x_RH=placed_RH, local_slots_RK=slots_RK)
+        return Received(x_RH=x_RH, local_slots_RK=torch.from_numpy(slots_RK))
+
+
+def _bytes_of(x_RH: Tensor) -> NDArray[np.uint8]:
+    return x_RH.view(torch.uint8).numpy()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from comms.codecs import CODECS
 from comms.fixed import add_rows, fixed_sum, pack_sums, to_floats, unpack_sums
-from comms.routes import sum_parts, weighted_sum
+from comms.routes import Indices, Pairs, sum_parts, weighted_sum
 
 
 class Reduction(Protocol):
@@ -23,12 +23,10 @@ class Reduction(Protocol):
     partial_dtype: torch.dtype
     partial_columns: int
 
-    def partial(
-        self, y_PH: Tensor, positions_RK: Tensor, weights_RK: Tensor, range_R: Tensor | None
-    ) -> Tensor:
-        """Partials [R, columns]: what one rank's experts add to each row; positions_RK as in `routes.py`."""
+    def partial(self, y_PH: Tensor, pairs: Pairs, range_R: Tensor | None) -> Tensor:
+        """Partials [R, columns]: what one rank's experts add to each row."""
 
-    def node_sum(self, parts: Sequence[Tensor], rows: Sequence[Tensor], num_rows: int) -> Tensor:
+    def node_sum(self, parts: Sequence[Tensor], rows: Sequence[Indices], num_rows: int) -> Tensor:
         """[V, columns]: the partials of a node's ranks, added in rank order."""
 
     def encode(self, sum_VH: Tensor) -> Tensor:
@@ -38,7 +36,7 @@ class Reduction(Protocol):
         """Node sums as they arrive: [V, columns]."""
 
     def total(
-        self, sums: Sequence[Tensor], rows: Sequence[Tensor], range_T: Tensor | None, num_rows: int
+        self, sums: Sequence[Tensor], rows: Sequence[Indices], range_T: Tensor | None, num_rows: int
     ) -> Tensor:
         """out_TH in the model's dtype: decoded node sums, added in node order."""
 
@@ -58,12 +56,10 @@ class NodeReduction:
         # A lossy codec rounds once, from and to fp32; the plain one rounds to the model's dtype.
         self._wire_dtype = dtype if codec == "bfloat16" else torch.float32
 
-    def partial(
-        self, y_PH: Tensor, positions_RK: Tensor, weights_RK: Tensor, range_R: Tensor | None
-    ) -> Tensor:
-        return weighted_sum(y_PH, positions_RK, weights_RK)
+    def partial(self, y_PH: Tensor, pairs: Pairs, range_R: Tensor | None) -> Tensor:
+        return weighted_sum(y_PH, pairs)
 
-    def node_sum(self, parts: Sequence[Tensor], rows: Sequence[Tensor], num_rows: int) -> Tensor:
+    def node_sum(self, parts: Sequence[Tensor], rows: Sequence[Indices], num_rows: int) -> Tensor:
         return sum_parts(parts, rows, num_rows, self._hidden)
 
     def encode(self, sum_VH: Tensor) -> Tensor:
@@ -74,7 +70,7 @@ class NodeReduction:
         return self._codec.decode(rows, self._hidden, self._wire_dtype).float()
 
     def total(
-        self, sums: Sequence[Tensor], rows: Sequence[Tensor], range_T: Tensor | None, num_rows: int
+        self, sums: Sequence[Tensor], rows: Sequence[Indices], range_T: Tensor | None, num_rows: int
     ) -> Tensor:
         return sum_parts(sums, rows, num_rows, self._hidden).to(self._dtype)
 
@@ -88,13 +84,11 @@ class FixedReduction:
         self.partial_columns = hidden + 1
         self._hidden, self._dtype = hidden, dtype
 
-    def partial(
-        self, y_PH: Tensor, positions_RK: Tensor, weights_RK: Tensor, range_R: Tensor | None
-    ) -> Tensor:
+    def partial(self, y_PH: Tensor, pairs: Pairs, range_R: Tensor | None) -> Tensor:
         assert range_R is not None, "checked when the tokens were dispatched"
-        return fixed_sum(y_PH, positions_RK, weights_RK, range_R)
+        return fixed_sum(y_PH, pairs, range_R)
 
-    def node_sum(self, parts: Sequence[Tensor], rows: Sequence[Tensor], num_rows: int) -> Tensor:
+    def node_sum(self, parts: Sequence[Tensor], rows: Sequence[Indices], num_rows: int) -> Tensor:
         total_VC = torch.zeros((num_rows, self.partial_columns), dtype=torch.int32)
         for part_RC, rows_R in zip(parts, rows, strict=True):
             add_rows(total_VC, part_RC, rows_R)
@@ -109,7 +103,7 @@ class FixedReduction:
         return unpack_sums(message, num_rows, self._hidden)
 
     def total(
-        self, sums: Sequence[Tensor], rows: Sequence[Tensor], range_T: Tensor | None, num_rows: int
+        self, sums: Sequence[Tensor], rows: Sequence[Indices], range_T: Tensor | None, num_rows: int
     ) -> Tensor:
         assert range_T is not None, "checked when the tokens were dispatched"
         return to_floats(self.node_sum(sums, rows, num_rows), range_T, self._dtype)

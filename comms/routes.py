@@ -1,113 +1,137 @@
 """Which row goes where, and where it comes back: pure functions of the chosen destinations.
 
-Legend: R rows, K top-k, D destinations (ranks or nodes), P pairs, H hidden.
+Legend: R rows, K top-k, D destinations (ranks or nodes), P pairs, H hidden, V some of the rows.
 
 Two kinds of traffic: *rows* go once to every destination that any of their K entries names; *pairs*
 are single (row, k) entries. Both are ordered by destination first and row-major within it, so every
 position is a prefix sum over the entries and nothing depends on arrival.
+
+All of it is numpy's: indices of a few rows, where a call of torch costs more than the work.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from comms.sizes import offsets_of
+Indices = NDArray[np.int64]
 
-_FEW_ELEMENTS = 1 << 18  # up to here a handful of operations on all entries beats many on the valid
+_TILE = 512 * 1024  # elements worked on at once, as in `comms/codecs.py`
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowRoute:
-    """Rows ordered by (destination, row): `rows` are their indices, `counts` how many each gets."""
+    """`parts`: the indices of the rows that each destination gets, ascending, none twice."""
 
-    rows: Tensor
-    counts: list[int]
+    parts: list[Indices]
 
-    @cached_property
-    def parts(self) -> list[Tensor]:
-        """Row indices per destination, ascending; no index twice in one part."""
-        return list(torch.split(self.rows, self.counts))
+    @property
+    def counts(self) -> list[int]:
+        return [len(rows) for rows in self.parts]
 
-    def of_chunks(self, chunks: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    def messages(self, rows: NDArray[Any]) -> list[Tensor]:
+        """The bytes for every destination, flat. `rows` are all that there are."""
+        return [message_of(rows, part) for part in self.parts]
+
+    def of_chunks(self, chunks: Iterable[NDArray[Any]]) -> Iterator[list[Tensor]]:
         """All rows, given chunk by chunk: per chunk the bytes for every destination, flat."""
         lo = 0
         for rows in chunks:
-            ends = torch.tensor([lo, lo + len(rows)])
-            cuts = [torch.searchsorted(part, ends).tolist() for part in self.parts]
+            hi = lo + len(rows)
+            cuts = [part.searchsorted((lo, hi)) for part in self.parts]
             yield [
-                rows[part[a:b] - lo].reshape(-1)
+                message_of(rows, part[a:b] - lo)
                 for part, (a, b) in zip(self.parts, cuts, strict=True)
             ]
-            lo += len(rows)
+            lo = hi
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairRoute:
-    """Pairs ordered by (destination, row, k): their position (-1 = no pair) and their counts."""
+class Pairs:
+    """Which row each pair adds to, and with which weight; of one row's pairs, the first k first."""
 
-    positions_RK: Tensor
-    counts: list[int]
+    rows_P: Indices
+    weights_P: NDArray[np.float32]
+    num_rows: int
+    num_topk: int
 
+    @classmethod
+    def of(
+        cls, local_RK: Indices, weights_RK: NDArray[np.float32], rows_R: Indices | None = None
+    ) -> "Pairs":
+        """The valid (>= 0) entries, row by row, where row r adds to row rows_R[r] (None: to r)."""
+        num_rows, num_topk = local_RK.shape
+        rows_P, ks_P = (local_RK >= 0).nonzero()
+        return cls(
+            rows_P=rows_P if rows_R is None else rows_R[rows_P],
+            weights_P=weights_RK[rows_P, ks_P],
+            num_rows=num_rows,
+            num_topk=num_topk,
+        )
 
-def route_rows(destinations_RK: Tensor, num_destinations: int) -> RowRoute:
-    ids_D = torch.arange(num_destinations)
-    chosen_DR = (destinations_RK[None] == ids_D[:, None, None]).any(dim=2)
-    return RowRoute(rows=chosen_DR.nonzero()[:, 1], counts=chosen_DR.sum(dim=1).tolist())
+    def __len__(self) -> int:
+        return len(self.rows_P)
 
-
-def route_pairs(destinations_RK: Tensor, num_destinations: int) -> PairRoute:
-    flat = destinations_RK.reshape(-1)
-    valid = (flat >= 0).nonzero()[:, 0]
-    order = torch.sort(flat[valid], stable=True).indices
-    positions = torch.full_like(flat, -1)
-    positions[valid[order]] = torch.arange(valid.shape[0])
-    counts = torch.bincount(flat[valid], minlength=num_destinations).tolist()
-    return PairRoute(positions_RK=positions.view(destinations_RK.shape), counts=counts)
-
-
-def pair_positions(local_RK: Tensor) -> Tensor:
-    """The position of each valid (>= 0) entry among all valid ones, row-major; -1 elsewhere."""
-    valid = local_RK.reshape(-1) >= 0
-    return torch.where(valid, valid.cumsum(0) - 1, -1).view(local_RK.shape)
-
-
-def pairs_in_row_order(positions_RK: Tensor) -> Tensor:
-    """The positions of all pairs, row-major."""
-    flat = positions_RK.reshape(-1)
-    return flat[flat >= 0]
+    def tiles(self, hidden: int) -> Iterator[slice]:
+        """Of the pairs, so many at once that their rows stay in the cache."""
+        step = max(1, _TILE // hidden)
+        for start in range(0, len(self), step):
+            yield slice(start, min(start + step, len(self)))
 
 
-def pairs_per_segment(local_RK: Tensor, rows_per_segment: Sequence[int]) -> list[int]:
-    """How many valid entries each of the consecutive segments of rows has."""
-    per_row = (local_RK >= 0).sum(dim=1)
-    ends = torch.cat([per_row.new_zeros(1), per_row.cumsum(0)])
-    cuts = ends[torch.tensor(offsets_of(rows_per_segment))]
-    counts: list[int] = (cuts[1:] - cuts[:-1]).tolist()
-    return counts
+def route_rows(destinations_RK: Indices, num_destinations: int) -> RowRoute:
+    ids_D = np.arange(num_destinations)
+    chosen_DR = (destinations_RK == ids_D[:, None, None]).any(axis=2)
+    return RowRoute(parts=[chosen_R.nonzero()[0] for chosen_R in chosen_DR])
 
 
-def weighted_sum(y_PH: Tensor, positions_RK: Tensor, weights_RK: Tensor) -> Tensor:
-    """fp32 sum_RH of weight * y over the K entries of each row, added in top-k order."""
-    rows, num_topk = positions_RK.shape
-    total_RH = torch.zeros((rows, y_PH.shape[1]), dtype=torch.float32)
-    if positions_RK.numel() * y_PH.shape[1] <= _FEW_ELEMENTS and len(y_PH):
-        missing_RK1 = (positions_RK < 0)[:, :, None]
-        terms_RKH = y_PH[positions_RK.clamp(min=0)].float().mul_(weights_RK[:, :, None])
-        for term_RH in terms_RKH.masked_fill_(missing_RK1, 0).unbind(1):
-            total_RH += term_RH
-        return total_RH
-    for k in range(num_topk):
-        valid = (positions_RK[:, k] >= 0).nonzero()[:, 0]
-        part_VH = y_PH[positions_RK[valid, k]].float() * weights_RK[valid, k, None]
-        total_RH.index_add_(0, valid, part_VH)
+def pairs_by_row(destinations_RK: Indices) -> Indices:
+    """For every pair (entry >= 0), row by row, where it is among them by (destination, row, k)."""
+    valid_P = destinations_RK[destinations_RK >= 0]
+    return inverse(valid_P.argsort(kind="stable"))
+
+
+def inverse(order_R: Indices) -> Indices:
+    """Where each row goes, of an order that says which row comes where."""
+    places_R = np.empty_like(order_R)
+    places_R[order_R] = np.arange(len(order_R))
+    return places_R
+
+
+def sums_of_segments(counts_R: Indices, rows_per_segment: Sequence[int]) -> list[int]:
+    """The sums of so many counts each, one segment after the other."""
+    ends = np.cumsum(rows_per_segment)[:-1]
+    return [int(counts.sum()) for counts in np.split(counts_R, ends)]
+
+
+def joined_rows(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Rows one after the other; the part itself where there is only one."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def message_of(rows: NDArray[Any], indices: Indices) -> Tensor:
+    """Some rows, ascending and none twice, as flat bytes; the memory of `rows` where it is all."""
+    taken = rows if len(indices) == len(rows) else rows.take(indices, axis=0)
+    return torch.from_numpy(taken.reshape(-1).view(np.uint8))
+
+
+def weighted_sum(y_PH: Tensor, pairs: Pairs) -> Tensor:
+    """fp32 sum_RH of weight * y over the pairs of each row, in their order."""
+    hidden = y_PH.shape[1]
+    total_RH = torch.zeros((pairs.num_rows, hidden))
+    rows_P, weights_P = torch.from_numpy(pairs.rows_P), torch.from_numpy(pairs.weights_P)
+    for tile in pairs.tiles(hidden):
+        terms_VH = y_PH[tile].to(torch.float32, copy=True).mul_(weights_P[tile, None])
+        total_RH.index_add_(0, rows_P[tile], terms_VH)
     return total_RH
 
 
 def sum_parts(
-    parts: Sequence[Tensor], rows: Sequence[Tensor], num_rows: int, hidden: int
+    parts: Sequence[Tensor], rows: Sequence[Indices], num_rows: int, hidden: int
 ) -> Tensor:
     """sum_RH of one part per destination, added in destination order, in the dtype of the parts.
 
@@ -115,5 +139,5 @@ def sum_parts(
     """
     total_RH = torch.zeros((num_rows, hidden), dtype=parts[0].dtype)
     for part_VH, rows_V in zip(parts, rows, strict=True):
-        total_RH.index_add_(0, rows_V, part_VH)
+        total_RH.index_add_(0, torch.from_numpy(rows_V), part_VH)
     return total_RH

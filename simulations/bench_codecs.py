@@ -27,6 +27,7 @@ from comms.codecs import CODECS, Codec
 from comms.fixed import add_rows, fixed_sum, pack_sums, steps_per_range, unpack_sums
 from comms.groups import ParallelGroups
 from comms.launch import RankPool
+from comms.routes import Pairs
 from comms.topology import Topology
 from experts.gains import expert_gains, token_ranges
 from experts.grouped import run_experts
@@ -251,17 +252,15 @@ def _float_sum(layer: Outputs, num_nodes: int, codec: Codec) -> Crossing:
 
 def _grid_sum(layer: Outputs, num_nodes: int, margin: float) -> Crossing:
     """`comms/fixed.py` from pairs to the total, messages included."""
-    num_tokens, num_topk, hidden = layer.y_TKH.shape
+    num_tokens, _, hidden = layer.y_TKH.shape
     range_T = token_ranges(layer.experts_TK, layer.weights_TK, layer.gains_E, margin)
-    every_TK = torch.arange(num_tokens * num_topk).view(num_tokens, num_topk)
     total_TC = torch.zeros((num_tokens, hidden + 1), dtype=torch.int32)
     num_rows = num_bytes = num_escapes = 0
     for node_TK in layer.nodes(num_nodes):
-        rows_V = node_TK.any(dim=1).nonzero()[:, 0]
-        positions_VK = every_TK.masked_fill(~node_TK, -1)[rows_V]
-        part_VC = fixed_sum(
-            layer.y_TKH.flatten(0, 1), positions_VK, layer.weights_TK[rows_V], range_T[rows_V]
-        )
+        rows_V = node_TK.any(dim=1).nonzero()[:, 0].numpy()
+        local_VK = node_TK[rows_V].long().numpy() - 1
+        pairs = Pairs.of(local_VK, layer.weights_TK[rows_V].numpy())
+        part_VC = fixed_sum(layer.y_TKH[node_TK], pairs, range_T[rows_V])
         message = pack_sums(part_VC, layer.y_TKH.dtype)
         add_rows(total_TC, unpack_sums(message, len(rows_V), hidden), rows_V)
         num_rows += len(rows_V)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from comms.fixed import add_rows, fixed_sum, pack_sums, steps_per_range, to_floats, unpack_sums
+from comms.routes import Pairs
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS, HIDDEN, EXPERTS, TOP_K = 5, 11, 12, 4
@@ -38,18 +39,12 @@ class Batch:
             for rank in sorted(set(ranks_E)):
                 here_TK = np.array([[e >= 0 and nodes_E[e] == node and ranks_E[e] == rank
                                      for e in row] for row in self.experts_TK])  # fmt: skip
-                rows = torch.from_numpy(here_TK.any(axis=1)).nonzero()[:, 0]
-                positions_TK = np.full((TOKENS, TOP_K), -1)
-                positions_TK[here_TK] = np.arange(here_TK.sum())
-                part_VC = fixed_sum(
-                    self.y_TKH[torch.from_numpy(here_TK)],
-                    torch.from_numpy(positions_TK)[rows],
-                    self.weights_TK[rows],
-                    self.range_T[rows],
-                )
-                add_rows(node_TC, part_VC, rows)
+                rows = here_TK.any(axis=1).nonzero()[0]
+                y_PH = self.y_TKH[torch.from_numpy(here_TK)]
+                pairs = pairs_at(here_TK[rows], self.weights_TK[rows])
+                add_rows(node_TC, fixed_sum(y_PH, pairs, self.range_T[rows]), rows)
             message = pack_sums(node_TC, self.dtype)
-            add_rows(total_TC, unpack_sums(message, TOKENS, HIDDEN), torch.arange(TOKENS))
+            add_rows(total_TC, unpack_sums(message, TOKENS, HIDDEN), np.arange(TOKENS))
         return total_TC
 
     def expected(self) -> tuple[list[list[int]], list[int]]:
@@ -70,6 +65,11 @@ class Batch:
                 else:
                     refused[t] += 1
         return totals, refused
+
+
+def pairs_at(here_RK: np.ndarray, weights_RK: Tensor) -> Pairs:
+    """The pairs whose outputs are here, row by row."""
+    return Pairs.of(np.where(here_RK, 0, -1), weights_RK.numpy())
 
 
 groupings = st.tuples(
@@ -108,8 +108,8 @@ def test_error_against_fp64(dtype, steps) -> None:
     y_TKH = torch.from_numpy(rng.standard_normal((50, 8, 300))).to(dtype)
     weights_TK = torch.from_numpy(rng.random((50, 8))).float()
     range_T = torch.from_numpy(rng.uniform(10, 40, 50)).float()
-    positions_TK = torch.arange(400).view(50, 8)
-    total_TC = fixed_sum(y_TKH.flatten(0, 1), positions_TK, weights_TK, range_T)
+    pairs = pairs_at(np.ones((50, 8), dtype=bool), weights_TK)
+    total_TC = fixed_sum(y_TKH.flatten(0, 1), pairs, range_T)
     out_TH = to_floats(total_TC, range_T, dtype).double()
     exact_TH = (y_TKH.double() * weights_TK.double()[:, :, None]).sum(dim=1)
     step_T1 = range_T.double()[:, None] / steps
@@ -123,24 +123,26 @@ def test_error_against_fp64(dtype, steps) -> None:
 
 def test_many_rows_equal_one_row() -> None:
     rng = np.random.default_rng(1)
-    y_PH = torch.from_numpy(rng.standard_normal((700, 2000))).bfloat16()
-    positions_RK = torch.from_numpy(rng.permutation(700).reshape(350, 2))
-    positions_RK[rng.random((350, 2)) < 0.3] = -1
+    here_RK = rng.random((350, 2)) < 0.7
     weights_RK, range_R = torch.rand(350, 2), torch.rand(350) + 5
-    total_RC = fixed_sum(y_PH, positions_RK, weights_RK, range_R)
+    pairs = pairs_at(here_RK, weights_RK)
+    y_PH = torch.from_numpy(rng.standard_normal((len(pairs), 2000))).bfloat16()
+    y_PH[300] *= 1e6  # from here on more than fp32 can add up
+    total_RC = fixed_sum(y_PH, pairs, range_R)
     assert total_RC.abs().sum() > 0
-    for r in (0, 1, 130, 131, 349):
+    for r in (0, 1, 130, 131, int(pairs.rows_P[300]), 349):
         one = slice(r, r + 1)
-        alone = fixed_sum(y_PH, positions_RK[one], weights_RK[one], range_R[one])
+        y_VH = y_PH[torch.from_numpy(pairs.rows_P == r)]
+        alone = fixed_sum(y_VH, pairs_at(here_RK[one], weights_RK[one]), range_R[one])
         assert torch.equal(alone[0], total_RC[r])
-    assert not fixed_sum(y_PH[:0], positions_RK.fill_(-1), weights_RK, range_R).any()
+    assert not fixed_sum(y_PH[:0], pairs_at(here_RK & False, weights_RK), range_R).any()
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_a_range_that_cannot_be_refuses_the_row(bad) -> None:
     y_PH = torch.ones(2, 3, dtype=torch.bfloat16)
     ranges = torch.tensor([bad, 1.0])
-    total = fixed_sum(y_PH, torch.tensor([[0], [1]]), torch.ones(2, 1), ranges)
+    total = fixed_sum(y_PH, pairs_at(np.ones((2, 1), dtype=bool), torch.ones(2, 1)), ranges)
     assert total[:, -1].tolist() == [1, 0]
     out = to_floats(total, ranges, torch.bfloat16)
     assert out[0].isnan().all()
