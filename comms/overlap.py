@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from comms.links import LinkSpeed
 
-_PART_S = 2e-3  # a second scatter and reduce in the node, and experts called twice
-_MICRO_BATCH_S = 6e-3  # the operations of a second pass through gate, attention and experts
+_PART_S = 4e-3  # a second scatter and reduce in the node, and experts called twice
+_MICRO_BATCH_S = 12e-3  # a second pass: its operations, weights read again, smaller products
 _LEAST_TOKENS = 8  # a micro-batch of fewer is all overhead
 
 

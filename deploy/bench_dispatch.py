@@ -1,4 +1,4 @@
-"""`expertmesh bench dispatch` and `bench latency`: run, show the table, write the JSON."""
+"""`expertmesh bench dispatch`, `bench latency` and `bench overlap`: run, show, write the JSON."""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from comms.trace_file import TraceError, check_path
 from deploy.bench import write_json
-from simulations import bench_dispatch, bench_latency
+from simulations import bench_dispatch, bench_latency, bench_overlap
 from simulations.moe_layer import Workload
 from simulations.testbed import TestbedError
 
@@ -82,6 +82,29 @@ def latency_command(workload: dict[str, Any], rounds: int, json_file: Path | Non
     print(
         "microseconds per dispatch and combine, by tokens of each rank; the slowest rank's median"
     )
+    write_json(json_file, report)
+    return 0
+
+
+def overlap_command(hosts: int, rate: str | None, repeats: int, json_file: Path | None) -> int:
+    """cases[].{compute_s,comm_s,serial_s,overlapped_s,hidden_fraction}; exit codes as above."""
+    try:
+        model = bench_overlap.Model(hosts=hosts, rate=rate)
+        report = bench_overlap.run(model, repeats=repeats)
+    except (ValueError, TestbedError) as error:
+        return _refused(error)
+    columns = ("tokens", "chosen", "compute", "comm", "serial", "overlapped", "hidden")
+    table = Table(*columns, padding=(0, 1, 0, 0))
+    for case in report["cases"]:
+        times = (case[f"{name}_s"] for name in ("compute", "comm", "serial", "overlapped"))
+        table.add_row(
+            str(case["tokens"]),
+            f"{case['micro_batches']} x {case['parts']}",
+            *(f"{1000 * seconds:.0f}" for seconds in times),
+            f"{case['hidden_fraction']:.0%}" if case["overlaps"] else "-",
+        )
+    Console().print(table)
+    print("chosen: micro-batches x parts; milliseconds; hidden of the shorter of compute and comm")
     write_json(json_file, report)
     return 0
 

@@ -216,6 +216,23 @@ def bench_latency(
     raise typer.Exit(latency_command(workload, rounds, json_file))
 
 
+@bench.command("overlap")
+def bench_overlap(
+    hosts: Annotated[
+        int, typer.Option(help="Hosts as namespaces; 0: two nodes on loopback, without root.")
+    ] = 2,
+    rate: Annotated[str, typer.Option(help='Of each link, each way, or "none".')] = "200mbit",
+    repeats: Annotated[int, typer.Option(help="Runs of each case.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """How much of the communication is hidden under computation, by size, and at what cost."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as above
+    from deploy.bench_dispatch import overlap_command
+
+    limit = None if rate == "none" else rate
+    raise typer.Exit(overlap_command(hosts, limit, repeats, json_file))
+
+
 @testbed.command("up")
 def up_testbed(
     hosts: Annotated[int, typer.Option(help="How many hosts.")] = 2,

@@ -1,9 +1,10 @@
 """How much of the communication is hidden, and that hiding it never costs time.
 
-Layers of a stand-in attention (products of the tokens with square matrices, as many as make the
-computation as long as wanted) and a real MoE layer, on hosts with limited links. *Serial*: every
-dispatch and combine is waited for at once. *Overlapped*: in the parts and micro-batches that the
-dispatcher's rule chooses, run by the model's own `interleave`. Both in turns within one run.
+Layers of a stand-in attention (products of the tokens with a square matrix) and a real MoE layer, on
+hosts with limited links; both are made as long as the case wants, half of the computation each.
+*Serial*: every dispatch and combine is waited for at once. *Overlapped*: in the parts and
+micro-batches that the dispatcher's rule chooses, run by the model's own `interleave`. Both in turns
+within one run.
 
 Communication is the time that a serial rank spends waiting for bytes between hosts, and computation
 all the rest of the serial time, packing and summing included.
@@ -36,8 +37,8 @@ from simulations.hosted import ranks_on
 
 WAITING = ("dispatch/exchange", "combine/exchange")
 RATIOS = (0.5, 1.0, 2.0)  # computation to communication
-TOKENS = (4, 32, 256)
-INTERMEDIATE = 64
+TOKENS = (4, 64, 256, 1024)
+LEAST_INTERMEDIATE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +55,16 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """One rank's layers, sharing weights; `products`: of a token with a matrix, per layer."""
+    """One rank's layers, sharing weights; `products`: of a token with a matrix, as attention."""
 
     layer: MoELayer
     square_HH: Tensor
+    products: int
     num_layers: int
 
-    def steps(self, x_TH: Tensor, products: int) -> Pass:
+    def steps(self, x_TH: Tensor) -> Pass:
         for _ in range(self.num_layers):
-            for _ in range(products):
+            for _ in range(self.products):
                 x_TH = stable_linear(x_TH, self.square_HH)
             x_TH = x_TH + (yield from self.layer.steps(x_TH))
         return x_TH
@@ -78,9 +80,12 @@ def run(
     """{"config", "links", "cases": [{tokens, parts, micro_batches, compute_s, comm_s, serial_s,
     overlapped_s, hidden_fraction}]}; times of all layers, medians over the repeats of the slowest rank.
 
-    hidden_fraction: (serial - overlapped) / min(compute, comm). Raises TestbedError where hosts
-    cannot be made.
+    hidden_fraction: (serial - overlapped) / min(compute, comm), which says nothing where the rule chose
+    not to overlap (`overlaps` is false: both are the same program). Raises TestbedError where hosts
+    cannot be made, ValueError for a number of repeats or hosts that cannot be.
     """
+    if repeats < 1 or model.hosts < 0 or model.hosts == 1:
+        raise ValueError(f"need repeats >= 1, hosts 0 or >= 2, got {repeats} and {model.hosts}")
     topology = Topology(num_nodes=model.hosts or 2, ranks_per_node=1)
     with ranks_on(model.hosts, 1, model.rate) as pool:
         answers = pool.run(
@@ -106,6 +111,7 @@ def _case(per_rank: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "comm_s": comm_s,
         "serial_s": serial_s,
         "overlapped_s": overlapped_s,
+        "overlaps": per_rank[0]["micro_batches"] * per_rank[0]["parts"] > 1,
         "hidden_fraction": (serial_s - overlapped_s) / min(compute_s, comm_s),
     }
 
@@ -126,7 +132,6 @@ def _measure(
         hidden=model.hidden,
         dispatch_dtype="float8",
     )
-    stack = _stack(model, groups, dispatcher)
     cases = []
     for num_tokens in tokens:
         generator = torch.Generator().manual_seed(1 + groups.rank)
@@ -134,20 +139,21 @@ def _measure(
         for ratio in ratios:
             if groups.rank == 0:
                 print(f"{num_tokens} tokens, compute / comm {ratio:g}", file=sys.stderr)
-            products = _products(groups, stack, dispatcher, x_TH, ratio)
-            cases.append(
-                {"ratio": ratio, **_both(groups, stack, dispatcher, x_TH, products, repeats)}
-            )
+            stack = _calibrated(model, groups, dispatcher, x_TH, ratio)
+            cases.append({"ratio": ratio, **_both(groups, stack, x_TH, repeats)})
     return cases
 
 
-def _stack(model: Model, groups: ParallelGroups, dispatcher: TokenDispatcher) -> Stack:
-    """The same random weights on all ranks, of which each keeps its experts."""
+def _stack(
+    model: Model, groups: ParallelGroups, dispatcher: TokenDispatcher, products: int
+) -> Stack:
+    """Attention of so many products, and experts that compute as much for a token."""
     generator = torch.Generator().manual_seed(7)
     placement = Placement.contiguous(1, model.experts, groups.topology.world_size, ranks_per_node=1)
-    slots = ExpertSlots(placement.slots_per_rank, model.hidden, INTERMEDIATE, torch.bfloat16)
+    intermediate = max(LEAST_INTERMEDIATE, products * model.hidden // (3 * model.topk))
+    slots = ExpertSlots(placement.slots_per_rank, model.hidden, intermediate, torch.bfloat16)
     slots.w13.normal_(generator=generator).mul_(model.hidden**-0.5)
-    slots.w2.normal_(generator=generator).mul_(INTERMEDIATE**-0.5)
+    slots.w2.normal_(generator=generator).mul_(intermediate**-0.5)
     config = GateConfig(
         num_experts=model.experts, num_experts_per_token=model.topk, renormalize=True
     )
@@ -160,43 +166,51 @@ def _stack(model: Model, groups: ParallelGroups, dispatcher: TokenDispatcher) ->
         layer_placement=placement.layer(0),
         rank=groups.rank,
     )
-    return Stack(layer=layer, square_HH=square_HH * model.hidden**-0.5, num_layers=model.layers)
+    return Stack(
+        layer=layer,
+        square_HH=square_HH * model.hidden**-0.5,
+        products=products,
+        num_layers=model.layers,
+    )
 
 
-def _products(
-    groups: ParallelGroups, stack: Stack, dispatcher: TokenDispatcher, x_TH: Tensor, ratio: float
-) -> int:
-    """Per layer, so that computing takes `ratio` times as long as waiting; the same on all ranks."""
-    _serial(groups, stack, dispatcher, x_TH, 0)  # warm up
-    none_s, waited_s = _serial(groups, stack, dispatcher, x_TH, 0)
-    some_s, waited_some_s = _serial(groups, stack, dispatcher, x_TH, 8)
-    one_s = max(1e-6, (some_s - waited_some_s - none_s + waited_s) / 8)
-    wanted = round(max(0.0, ratio * waited_s - (none_s - waited_s)) / one_s)
-    mine = torch.tensor([wanted])
-    return int(groups.world.all_gather(mine, [1] * groups.world.size).double().mean())
-
-
-def _both(
+def _calibrated(
+    model: Model,
     groups: ParallelGroups,
-    stack: Stack,
     dispatcher: TokenDispatcher,
     x_TH: Tensor,
-    products: int,
-    repeats: int,
-) -> dict[str, Any]:
-    serial, overlapped, waited = [], [], []
+    ratio: float,
+) -> Stack:
+    """A stack that computes about `ratio` times as long as it waits; the same on all ranks."""
+    products = 8
+    _serial(groups, _stack(model, groups, dispatcher, products), x_TH)  # warm up
+    fast_s, fast_waited_s = _serial(groups, _stack(model, groups, dispatcher, 0), x_TH)
+    for _ in range(3):
+        stack = _stack(model, groups, dispatcher, products)
+        seconds, waited_s = _serial(groups, stack, x_TH)
+        base_s = fast_s - fast_waited_s
+        one_s = max(1e-6, (seconds - waited_s - base_s) / max(1, products))
+        wanted = max(0.0, ratio * waited_s - base_s) / one_s
+        mine = torch.tensor([wanted], dtype=torch.float64)
+        products = round(float(groups.world.all_gather(mine, [1] * groups.world.size).mean()))
+    return _stack(model, groups, dispatcher, products)
+
+
+def _both(groups: ParallelGroups, stack: Stack, x_TH: Tensor, repeats: int) -> dict[str, Any]:
+    serial: list[float] = []
+    overlapped: list[float] = []
+    waited: list[float] = []
+    dispatcher = stack.layer.dispatcher
     micro_batches = dispatcher.expect(len(x_TH))
     two_parts = bool(getattr(dispatcher, "overlap", False))
-    for _ in range(repeats):
-        serial_s, waited_s = _serial(groups, stack, dispatcher, x_TH, products)
-        dispatcher.expect(len(x_TH))
-        parts = torch.chunk(x_TH, micro_batches)
-        groups.world.barrier()
-        start = time.perf_counter()
-        interleave([stack.steps(part, products) for part in parts], groups.where)
-        overlapped.append(time.perf_counter() - start)
-        serial.append(serial_s)
-        waited.append(waited_s)
+    for repeat in range(repeats):
+        for mode in ("serial", "overlapped")[:: 1 if repeat % 2 else -1]:  # neither always first
+            if mode == "serial":
+                serial_s, waited_s = _serial(groups, stack, x_TH)
+                serial.append(serial_s)
+                waited.append(waited_s)
+            else:
+                overlapped.append(_overlapped(groups, stack, x_TH))
     return {
         "tokens": len(x_TH),
         "parts": 1 + two_parts,
@@ -207,15 +221,22 @@ def _both(
     }
 
 
-def _serial(
-    groups: ParallelGroups, stack: Stack, dispatcher: TokenDispatcher, x_TH: Tensor, products: int
-) -> tuple[float, float]:
+def _overlapped(groups: ParallelGroups, stack: Stack, x_TH: Tensor) -> float:
+    parts = torch.chunk(x_TH, stack.layer.dispatcher.expect(len(x_TH)))
+    groups.world.barrier()
+    start = time.perf_counter()
+    interleave([stack.steps(part) for part in parts], groups.where)
+    return time.perf_counter() - start
+
+
+def _serial(groups: ParallelGroups, stack: Stack, x_TH: Tensor) -> tuple[float, float]:
     """Seconds in all, and seconds of them waiting for bytes between hosts."""
+    dispatcher = stack.layer.dispatcher
     dispatcher.expect(None)
     dispatcher.ledger.clear()
     groups.world.barrier()
     start = time.perf_counter()
-    interleave([stack.steps(x_TH, products)], groups.where)
+    interleave([stack.steps(x_TH)], groups.where)
     seconds = time.perf_counter() - start
     rows = dispatcher.ledger.rows()
     return seconds, sum(row["waited_s"] for row in rows if row["stage"] in WAITING)
