@@ -21,13 +21,15 @@ summed like the others, so the fate of a row does not depend on any order either
 """
 
 import struct
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from comms.codecs import aligned
 from comms.routes import Indices, Pairs
-from comms.sizes import as_bytes
 
 _EXACT_IN_FP32 = 2**24  # integers up to here, and their sums; fp64 has them all, at half the speed
 _HEADER = struct.Struct("<ii")  # bytes of a body element, escapes
@@ -46,22 +48,19 @@ def fixed_sum(y_PH: Tensor, pairs: Pairs, range_R: Tensor) -> Tensor:
     """
     num_rows, num_topk, hidden = pairs.num_rows, pairs.num_topk, y_PH.shape[1]
     limit = _greatest_summand(num_topk)
-    factor_R = torch.where(
-        (range_R > 0) & (range_R < torch.inf), steps_per_range(y_PH.dtype) / range_R, torch.nan
-    )
     rows_P = torch.from_numpy(pairs.rows_P)
-    factors_P = factor_R[rows_P].mul_(torch.from_numpy(pairs.weights_P))
+    factors_P = torch.from_numpy(_factors(pairs, range_R.numpy(), y_PH.dtype))
     refused_R = torch.zeros(num_rows, dtype=torch.int32)
     sums_RH = torch.zeros((num_rows, hidden))
     for tile in pairs.tiles(hidden):
         scaled_VH = y_PH[tile].to(torch.float32, copy=True).mul_(factors_P[tile, None])
-        peak_V = torch.maximum(scaled_VH.amax(dim=1), -scaled_VH.amin(dim=1))
-        if not peak_V.max() <= limit:  # a NaN is not
-            refused_V = ~(peak_V <= limit)
+        peak = _peak(scaled_VH)
+        if not peak <= limit:  # a NaN is not
+            refused_V = ~(scaled_VH.abs().amax(dim=1) <= limit)
             scaled_VH.masked_fill_(refused_V[:, None], 0.0)
-            peak_V.masked_fill_(refused_V, 0.0)
             refused_R.index_add_(0, rows_P[tile], refused_V.to(torch.int32))
-        if peak_V.max() * num_topk > _EXACT_IN_FP32:
+            peak = _peak(scaled_VH)
+        if peak * num_topk > _EXACT_IN_FP32:
             sums_RH = sums_RH.double()
         sums_RH.index_add_(0, rows_P[tile], scaled_VH.round_().to(sums_RH.dtype))
     total_RC = torch.empty((num_rows, hidden + 1), dtype=torch.int32)
@@ -71,15 +70,21 @@ def fixed_sum(y_PH: Tensor, pairs: Pairs, range_R: Tensor) -> Tensor:
 
 
 def add_rows(total_TC: Tensor, part_VC: Tensor, rows_V: Indices) -> None:
-    """total[rows] += part, no row twice. (In numpy: torch's index_add_ of int32 is 6 times slower.)"""
-    total_TC.numpy()[rows_V] += part_VC.numpy()
+    """total[rows] += part, rows ascending and none twice.
+
+    In numpy: torch's index_add_ of int32 is 6 times slower.
+    """
+    if len(rows_V) == len(total_TC):
+        total_TC += part_VC
+    else:
+        total_TC.numpy()[rows_V] += part_VC.numpy()
 
 
 def to_floats(total_TC: Tensor, range_T: Tensor, dtype: torch.dtype) -> Tensor:
     """out_TH: the sums in `dtype`, NaN throughout where a pair was refused."""
-    step_T = range_T / steps_per_range(dtype)
-    step_T = torch.where(total_TC[:, -1] > 0, torch.nan, step_T)
-    return (total_TC[:, :-1].float().mul_(step_T[:, None])).to(dtype)
+    step_T = range_T.numpy() / np.float32(steps_per_range(dtype))
+    step_T[total_TC[:, -1].numpy() > 0] = np.nan
+    return total_TC[:, :-1].float().mul_(torch.from_numpy(step_T)[:, None]).to(dtype)
 
 
 def pack_sums(total_VC: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,63 +95,75 @@ def pack_sums(total_VC: Tensor, dtype: torch.dtype) -> Tensor:
     channel and of one for the count of refused pairs (int16).
     """
     num_rows, columns = total_VC.shape
-    body = torch.int32 if dtype == torch.float32 else torch.int16
-    escaped = _escapes(total_VC, body)
-    indices, values = escaped.to(torch.int32), total_VC.reshape(-1)[escaped]
-    is_channel = escaped % columns < columns - 1
-    highs = torch.where(is_channel, (values - values.to(torch.int16)) >> 16, values)
-    start = _HEADER.size
-    end = start + num_rows * (columns - 1) * body.itemsize
-    escapes = -(-end // 4) * 4
-    message = torch.empty(escapes + 6 * len(escaped), dtype=torch.uint8)
-    message[:start] = torch.frombuffer(
-        bytearray(_HEADER.pack(body.itemsize, len(escaped))), dtype=torch.uint8
-    )
-    message[start:end].view(body).view(num_rows, columns - 1).copy_(total_VC[:, :-1])
+    body = np.dtype(np.int32 if dtype == torch.float32 else np.int16)
+    indices, values = _escapes(total_VC, body)
+    end = _HEADER.size + num_rows * (columns - 1) * body.itemsize
+    escapes = aligned(end, 4)
+    message = np.empty(escapes + 6 * len(indices), np.uint8)
+    _HEADER.pack_into(message.data, 0, body.itemsize, len(indices))
+    body_VH = message[_HEADER.size : end].view(body).reshape(num_rows, columns - 1)
+    body_VH[...] = total_VC.numpy()[:, :-1]  # the low part of what does not fit
     message[end:escapes] = 0
-    message[escapes : escapes + 4 * len(escaped)] = as_bytes(indices)
-    message[escapes + 4 * len(escaped) :] = as_bytes(highs.to(torch.int16))
-    return message
+    message[escapes : escapes + 4 * len(indices)].view(np.int32)[...] = indices
+    message[escapes + 4 * len(indices) :].view(np.int16)[...] = values
+    return torch.from_numpy(message)
 
 
 def unpack_sums(message: Tensor, num_rows: int, hidden: int) -> Tensor:
     """total_VC, int32. Raises ValueError for a message of another size."""
-    itemsize, num_escapes = _HEADER.unpack(message[: _HEADER.size].numpy().tobytes())
-    start = _HEADER.size
-    end = start + num_rows * hidden * itemsize
-    escapes = -(-end // 4) * 4
-    if message.shape[0] != escapes + 6 * num_escapes:
+    data = message.numpy()
+    itemsize, num_escapes = _HEADER.unpack_from(data.data)
+    end = _HEADER.size + num_rows * hidden * itemsize
+    escapes = aligned(end, 4)
+    if len(data) != escapes + 6 * num_escapes:
         raise ValueError(
             f"expected {escapes + 6 * num_escapes} bytes of {num_rows} rows of {hidden} channels "
-            f"({itemsize} bytes each, {num_escapes} escapes), got {message.shape[0]}"
+            f"({itemsize} bytes each, {num_escapes} escapes), got {len(data)}"
         )
-    total_VC = torch.zeros((num_rows, hidden + 1), dtype=torch.int32)
-    if message.data_ptr() % 4:
-        message = message.clone()
-    body = torch.int32 if itemsize == 4 else torch.int16
-    total_VC[:, :-1] = message[start:end].view(body).view(num_rows, hidden)
+    total_VC = np.empty((num_rows, hidden + 1), np.int32)
+    body = np.int32 if itemsize == 4 else np.int16
+    total_VC[:, :-1] = data[_HEADER.size : end].view(body).reshape(num_rows, hidden)
+    total_VC[:, -1] = 0
     if num_escapes:
         middle = escapes + 4 * num_escapes
-        indices = message[escapes:middle].view(torch.int32).long()
-        highs = message[middle:].view(torch.int16).to(torch.int32)
-        is_channel = indices % (hidden + 1) < hidden
-        total_VC.view(-1)[indices] += torch.where(is_channel, highs << 16, highs)
-    return total_VC
+        indices = data[escapes:middle].view(np.int32)
+        values = data[middle:].view(np.int16).astype(np.int32)
+        values[indices % (hidden + 1) < hidden] <<= 16
+        total_VC.reshape(-1)[indices] += values
+    return torch.from_numpy(total_VC)
 
 
-def _escapes(total_VC: Tensor, body: torch.dtype) -> Tensor:
-    """Indices into [V, C] of what the body of a message cannot say, int64."""
-    channels_VH = total_VC[:, :-1]
-    escaped_V = total_VC[:, -1] > 0
-    if body == torch.int16 and total_VC.numel():
-        limits = torch.iinfo(torch.int16)
-        escaped_V |= (channels_VH.amax(dim=1) > limits.max) | (channels_VH.amin(dim=1) < limits.min)
-    rows = escaped_V.nonzero()[:, 0]
-    low_VC = total_VC[rows]
-    rest_VC = low_VC - low_VC.to(body)
-    rest_VC[:, -1] = low_VC[:, -1]
-    positions = rest_VC.nonzero()
-    return rows[positions[:, 0]] * total_VC.shape[1] + positions[:, 1]
+def _escapes(total_VC: Tensor, body: np.dtype[Any]) -> tuple[Indices, NDArray[np.int32]]:
+    """Indices into [V, C] of what the body of a message cannot say, and what is missing there."""
+    total, limits = total_VC.numpy(), np.iinfo(body)
+    refused_V = total[:, -1] > 0
+    if (
+        not refused_V.any()
+        and limits.min <= total.min(initial=0) <= total.max(initial=0) <= limits.max
+    ):
+        return np.empty(0, np.int64), np.empty(0, np.int32)
+    escaped_VC = (total > limits.max) | (total < limits.min)
+    escaped_VC[:, -1] = refused_V
+    indices = escaped_VC.reshape(-1).nonzero()[0]
+    values = total.reshape(-1)[indices]
+    is_channel = (indices + 1) % total.shape[1] > 0
+    high = (values - values.astype(body)) >> 16
+    return indices, np.where(is_channel, high, values)
+
+
+def _factors(pairs: Pairs, range_R: NDArray[np.float32], dtype: torch.dtype) -> NDArray[np.float32]:
+    """What each pair is multiplied with; NaN, which refuses it, for a range that cannot be."""
+    with np.errstate(all="ignore"):
+        steps_R = np.float32(steps_per_range(dtype)) / range_R
+        steps_R[~((range_R > 0) & (range_R < np.inf))] = np.nan
+        factors_P: NDArray[np.float32] = pairs.weights_P * steps_R[pairs.rows_P]
+    return factors_P
+
+
+def _peak(x_VH: Tensor) -> float:
+    """The greatest magnitude, NaN if there is a NaN. (In numpy: half the time of torch's aminmax.)"""
+    array = x_VH.numpy()
+    return float(max(-array.min(), array.max()))
 
 
 def _greatest_summand(num_topk: int) -> float:
