@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from comms.dispatcher import TokenDispatcher
 from comms.groups import InterNodeBackend, ParallelGroups
+from comms.links import measure_links
 from comms.trace import NO_TRACE, Trace
 from comms.trace_file import write_trace
 from simulations import netns
@@ -143,6 +144,7 @@ def _measure(
     problem = Problem.of_rank(workload, groups.rank)
     node = groups.topology.node_of(groups.rank)
     trace = Trace(groups.rank, node=node, where=groups.where) if traced else NO_TRACE
+    groups = replace(groups, links=measure_links(groups.rail, groups.world))
     layers = {name: layer_of(SCHEMES[name], groups, problem, trace) for name in schemes}
     samples: dict[str, list[Sample]] = {name: [] for name in schemes}
     for repeat in range(-1, repeats):

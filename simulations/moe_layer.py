@@ -1,7 +1,7 @@
 """One MoE layer's exchange as a benchmark runs it: tokens, a gate, experts, a dispatcher.
 
-Experts are a gain per channel, so that what is measured is communication, and what should come back
-is known exactly.
+An expert is a factor, so that what is measured is communication, and what should come back is known
+exactly.
 
 Legend: T tokens of a rank, H hidden, K experts per token, E experts, S slots of a rank, P (row, k)
 pairs.
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cluster.model.micro_batches import Pass, interleave
 from comms.dispatcher import Received, TokenDispatcher
 from comms.groups import ParallelGroups
 from comms.make import make_dispatcher
@@ -94,20 +95,20 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A rank's tokens, where they go, and what should come back. Expert e times gains_EH[e] is
-    expert e; experts lie contiguously over the ranks, one slot each."""
+    """A rank's tokens, where they go, and what should come back. Expert e multiplies by factors_E[e]
+    (exact in bfloat16); experts lie contiguously over the ranks, one slot each."""
 
     x_TH: Tensor
     ids_TK: Tensor
     weights_TK: Tensor
     range_T: Tensor
-    gains_EH: Tensor
+    factors_E: Tensor
     expected_TH: Tensor
 
     @classmethod
     def of_rank(cls, workload: Workload, rank: int) -> "Problem":
         common = torch.Generator().manual_seed(SEED)
-        gains_EH = torch.randn(workload.experts, workload.hidden, generator=common)
+        factors_E = torch.randn(workload.experts, generator=common).to(torch.bfloat16)
         mine = torch.Generator().manual_seed(SEED + 1 + rank)
         x_TH = torch.randn(workload.tokens, workload.hidden, generator=mine).to(torch.bfloat16)
         gate = Gate(workload.gate, torch.zeros(workload.experts, 1))
@@ -115,14 +116,14 @@ class Problem:
         ids_TK, weights_TK = gate.choose(logits_TE)
         expected_TH = torch.zeros(x_TH.shape, dtype=torch.float64)
         for k in range(workload.topk):
-            factor_TH = weights_TK[:, k, None].double() * gains_EH[ids_TK[:, k]].double()
-            expected_TH += factor_TH * x_TH.double()
+            factor_T = weights_TK[:, k].double() * factors_E[ids_TK[:, k]].double()
+            expected_TH += factor_T[:, None] * x_TH.double()
         return cls(
             x_TH=x_TH,
             ids_TK=ids_TK,
             weights_TK=weights_TK,
-            range_T=token_ranges(ids_TK, weights_TK, gains_EH.square().mean(dim=1).sqrt()),
-            gains_EH=gains_EH,
+            range_T=token_ranges(ids_TK, weights_TK, factors_E.float().abs()),
+            factors_E=factors_E,
             expected_TH=expected_TH,
         )
 
@@ -130,43 +131,48 @@ class Problem:
 def layer_of(
     scheme: Scheme, groups: ParallelGroups, problem: Problem, trace: Trace = NO_TRACE
 ) -> tuple[TokenDispatcher, Callable[[], Tensor]]:
-    """The scheme's dispatcher, and its whole layer: dispatch, experts, combine."""
-    num_experts, hidden = problem.gains_EH.shape
+    """The scheme's dispatcher, and its whole layer: dispatch, experts, combine, in as many
+    micro-batches as the dispatcher's rule says (of `groups` with measured links)."""
+    num_experts = len(problem.factors_E)
+    num_tokens, num_topk = problem.ids_TK.shape
     slots_per_rank = num_experts // groups.topology.world_size
     dispatcher = make_dispatcher(
         scheme.dispatcher,
         groups,
         slots_per_rank=slots_per_rank,
-        hidden=hidden,
+        hidden=problem.x_TH.shape[1],
         trace=trace,
         **scheme.options,
     )
-    num_tokens, num_topk = problem.ids_TK.shape
-    dispatcher.expect(num_tokens * num_topk if scheme.per_expert else num_tokens)
-    my_gains_SH = problem.gains_EH[groups.rank * slots_per_rank :][:slots_per_rank]
-    range_T = problem.range_T if scheme.options.get("combine") == "fixed" else None
+    factors_S = problem.factors_E[groups.rank * slots_per_rank :][:slots_per_rank]
 
     def experts(received: Received) -> Tensor:
         with trace.span("compute", "experts"):
             rows_P, columns_P = torch.nonzero(received.local_slots_RK >= 0, as_tuple=True)
-            gains_PH = my_gains_SH[received.local_slots_RK[rows_P, columns_P]]
-            return (received.x_RH[rows_P].float() * gains_PH).to(received.x_RH.dtype)
+            factors_P = factors_S[received.local_slots_RK[rows_P, columns_P]]
+            return received.x_RH.index_select(0, rows_P) * factors_P[:, None]
 
-    def exchange(
-        x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, range_T: Tensor | None = None
-    ) -> Tensor:
+    def steps(x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, range_T: Tensor) -> Pass:
         pending = dispatcher.start_dispatch(x_TH, slots_TK, weights_TK, range_T)
+        yield
         outputs = [experts(part) for part in pending]
-        return dispatcher.start_combine(outputs, pending.handle).wait()
+        returning = dispatcher.start_combine(outputs, pending.handle)
+        yield
+        return returning.wait()
+
+    def exchange(*arguments: Tensor) -> Tensor:
+        parts = dispatcher.expect(len(arguments[0]))
+        chunks = zip(*(torch.chunk(argument, parts) for argument in arguments), strict=True)
+        return torch.cat(interleave([steps(*chunk) for chunk in chunks], groups.where))
 
     def whole() -> Tensor:
-        return exchange(problem.x_TH, problem.ids_TK, problem.weights_TK, range_T)
+        return exchange(problem.x_TH, problem.ids_TK, problem.weights_TK, problem.range_T)
 
     def per_expert() -> Tensor:
         x_PH = problem.x_TH.repeat_interleave(num_topk, dim=0)
         ids_P1 = problem.ids_TK.reshape(-1, 1)
-        y_PH = exchange(x_PH, ids_P1, torch.ones(ids_P1.shape))
-        y_TKH = y_PH.view(num_tokens, num_topk, hidden)
+        y_PH = exchange(x_PH, ids_P1, torch.ones(ids_P1.shape), torch.ones(len(ids_P1)))
+        y_TKH = y_PH.view(num_tokens, num_topk, -1)
         return torch.einsum("tk,tkh->th", problem.weights_TK, y_TKH.float()).to(y_PH.dtype)
 
     return dispatcher, per_expert if scheme.per_expert else whole
