@@ -99,7 +99,10 @@ class TokenDispatcher(Protocol):
         """
 
     def start_combine(self, outputs: Sequence[Tensor], handle: DispatchHandle) -> PendingCombine:
-        """outputs[i][p] is the *unweighted* output of pair p of part i, in the model dtype."""
+        """outputs[i][p] is the *unweighted* output of pair p of part i, in the model dtype.
+
+        They may be in flight until `wait` returns: leave them alone until then.
+        """
 
     def dispatch(
         self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, range_T: Tensor | None = None

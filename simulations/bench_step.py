@@ -16,6 +16,7 @@ from cluster.engine.sampling_params import SamplingParams
 from cluster.offline import add_frame
 from comms.groups import ParallelGroups
 from comms.launch import RankPool
+from comms.ledger import TrafficLedger
 from comms.trace import NO_TRACE, Trace, overlap
 from comms.trace_file import write_trace
 
@@ -33,7 +34,8 @@ def run(
     """Decode `sequences` sequences on every DP replica for `steps` steps.
 
     Returns {"step_ms", "tokens_per_s" of all replicas, "results": {phase: {"ms", "share"}}, ...};
-    the phase "other" is what no other covers (norms, embedding, logits, bookkeeping). With a
+    the phase "other" is what no other covers (norms, embedding, logits, bookkeeping). "traffic": the
+    ledger of all ranks, by stage, by layer, and by step for the last few. With a
     `trace_file` every rank's spans of these steps go there, and "overlap" says by rank how long the
     network was busy and how much of that was hidden. Raises TraceError if it cannot be written.
     """
@@ -41,11 +43,23 @@ def run(
     config = _roomy(config, sequences, steps)
     with RankPool(topology.world_size) as pool:
         answers = pool.run(
-            _decode, topology, config, sequences, steps, trace_file is not None, timeout_s=TIMEOUT_S
+            _decode,
+            topology,
+            config,
+            sequences,
+            steps,
+            trace_file is not None,
+            timeout_s=TIMEOUT_S,
+            node_backend=config.comms.node_backend,
+            inter_node_backend=config.comms.inter_node_backend,
         )
     report: dict[str, Any] = answers[0][0]
+    ledger = TrafficLedger(topology=topology)
+    for _, _, of_rank in answers:
+        ledger.merge(of_rank)
+    report["traffic"] = ledger.to_json()
     if trace_file is not None:
-        traces = [trace for _, trace in answers]
+        traces = [trace for _, trace, _ in answers]
         write_trace(trace_file, traces)
         report["overlap"] = [
             {"rank": rank, **asdict(found), "hidden_fraction": found.hidden_fraction}
@@ -75,7 +89,7 @@ def _roomy(config: ServeConfig, sequences: int, steps: int) -> ServeConfig:
 
 def _decode(
     groups: ParallelGroups, config: ServeConfig, sequences: int, steps: int, traced: bool
-) -> tuple[dict[str, Any], Trace]:
+) -> tuple[dict[str, Any], Trace, TrafficLedger]:
     """What each rank does: prefill and warm up, then decode under the clock."""
     params = SamplingParams(temperature=0.0, max_tokens=steps + WARM_UP_STEPS + 1, ignore_eos=True)
     prompts = [[3 + (idx + i) % 200 for i in range(PROMPT_TOKENS)] for idx in range(sequences)]
@@ -88,6 +102,8 @@ def _decode(
     trace = Trace(groups.rank, node=node, where=groups.where) if traced else NO_TRACE
     timer = engine.runner.timer
     timer.reset()
+    ledger = engine.runner.model.dispatcher.ledger
+    ledger.clear()
     timer.trace = engine.runner.model.dispatcher.trace = trace
     start = perf_counter()
     for number in range(steps):
@@ -102,4 +118,4 @@ def _decode(
             phase: {"ms": 1000 * value, "share": value / step_s} for phase, value in seconds.items()
         },
     }
-    return report, trace
+    return report, trace, ledger

@@ -120,3 +120,30 @@ def test_a_nan_token_harms_no_other(name) -> None:
         if rank == 2:
             keep[1] = False
         assert torch.equal(before[rank][0][keep], after[rank][0][keep])
+
+
+def within_and_beyond_capacity(groups: ParallelGroups, inputs) -> list[tuple[int, torch.Tensor]]:
+    """Rows that the experts get, and the result, of low_latency as it is told what to expect."""
+    dispatcher = make_dispatcher("low_latency", groups, slots_per_rank=2, hidden=24, capacity=4)
+    mine, answers = inputs[groups.rank], []
+    with pytest.raises(ValueError, match="holds 4 tokens a rank, got 5: raise its capacity, or"):
+        dispatcher.dispatch(mine.x_TH, mine.slots_TK, mine.weights_TK)
+    for expected, tokens in ((5, 5), (4, 4), (None, 4)):
+        dispatcher.expect(expected)
+        part = [t[:tokens] for t in (mine.x_TH, mine.slots_TK, mine.weights_TK)]
+        received, handle = dispatcher.dispatch(*part)
+        out_TH = dispatcher.combine(expert(received, groups.rank, 2), handle)
+        answers.append((len(received.x_RH), out_TH))
+    return answers
+
+
+def test_low_latency_takes_larger_steps_when_told() -> None:
+    inputs = make_inputs(TOPOLOGY, tokens=[5] * 4, slots_per_rank=2)
+    expected = run_threads(alternate, TOPOLOGY, [("hierarchical", "node", [inputs])] * 4)
+    answers = run_threads(within_and_beyond_capacity, TOPOLOGY, [inputs] * 4)
+    for of_rank, outs in zip(answers, expected, strict=True):
+        (_, larger_TH), *static = of_rank
+        assert torch.equal(larger_TH, outs[0])
+        for num_rows, out_TH in static:
+            assert num_rows == 4 * 4
+            assert torch.equal(out_TH, outs[0][:4])
