@@ -39,6 +39,7 @@ WAITING = ("dispatch/exchange", "combine/exchange")
 RATIOS = (0.5, 1.0, 2.0)  # computation to communication
 TOKENS = (4, 64, 256, 1024)
 LEAST_INTERMEDIATE = 16
+MOST_PRODUCTS = 64  # of a layer; noise must not ask for more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,8 @@ def _calibrated(
         one_s = max(1e-6, (seconds - waited_s - base_s) / max(1, products))
         wanted = max(0.0, ratio * waited_s - base_s) / one_s
         mine = torch.tensor([wanted], dtype=torch.float64)
-        products = round(float(groups.world.all_gather(mine, [1] * groups.world.size).mean()))
+        mean = float(groups.world.all_gather(mine, [1] * groups.world.size).mean())
+        products = min(MOST_PRODUCTS, round(mean))
     return _stack(model, groups, dispatcher, products)
 
 
