@@ -25,7 +25,7 @@ from comms.group import Group, PendingExchange
 from comms.groups import ParallelGroups
 from comms.ledger import TrafficLedger
 from comms.reduction import FixedReduction, NodeReduction, Reduction
-from comms.routes import Indices
+from comms.routes import Indices, Pairs, pairs_by_row, weighted_sum
 from comms.trace import NO_TRACE, Trace
 
 _CHUNK_TOKENS = 256  # packed while the chunk before is being sent
@@ -104,6 +104,25 @@ class BaseDispatcher:
         local_RK = slots_RK.astype(np.int64) - self.rank * self.slots_per_rank
         local_RK[(local_RK < 0) | (local_RK >= self.slots_per_rank)] = -1
         return local_RK
+
+    # -- arithmetic on what came home --------------------------------------------------------
+
+    def _partials(self, messages: Sequence[Tensor], reduction: Reduction) -> list[Tensor]:
+        """Partial sums as their ranks sent them, as bytes."""
+        shape = (-1, reduction.partial_columns)
+        return [message.view(reduction.partial_dtype).view(shape) for message in messages]
+
+    def _sum_exact(
+        self,
+        messages: list[Tensor],
+        destinations_TK: Indices,
+        weights_TK: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """out_TH from the rows of all pairs, which came back by destination, then (token, k)."""
+        pairs_PH = torch.cat(messages).view(dtype).view(-1, self.hidden)
+        in_order_PH = pairs_PH[torch.from_numpy(pairs_by_row(destinations_TK))]
+        return weighted_sum(in_order_PH, Pairs.of(destinations_TK, weights_TK.numpy())).to(dtype)
 
     # -- checks ------------------------------------------------------------------------------
 
@@ -208,11 +227,17 @@ class Booked:
         )
         return messages
 
-    def _counted(self, chunks: Iterable[Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
-        for parts in chunks:
-            for i, part in enumerate(parts):
-                self._sent[i] += part.numel()
-            yield parts
+    def _counted(self, chunks: Iterable[Sequence[Tensor]]) -> Iterable[Sequence[Tensor]]:
+        """The chunks, counted as they go. A list stays one, so that the group sees which is the last
+        and need not say so in a message of its own."""
+        if not isinstance(chunks, Sequence):
+            return map(self._count, chunks)
+        return [self._count(parts) for parts in chunks]
+
+    def _count(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        for i, part in enumerate(parts):
+            self._sent[i] += part.numel()
+        return parts
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -23,10 +23,8 @@ from comms.routes import (
     Pairs,
     RowRoute,
     joined_rows,
-    pairs_by_row,
     route_rows,
     sums_of_segments,
-    weighted_sum,
 )
 from comms.sizes import as_bytes
 
@@ -110,16 +108,11 @@ class FlatDispatcher(BaseDispatcher):
 
     def finish(self, messages: list[Tensor], handle: FlatHandle) -> Tensor:
         """out_TH from what the ranks sent home."""
-        dtype, num_tokens = handle.wire.dtype, len(handle.weights_TK)
+        num_tokens = len(handle.weights_TK)
         if self.combine_mode == "exact":
-            pairs_PH = torch.cat(messages).view(dtype).view(-1, self.hidden)
-            in_order_PH = pairs_PH[torch.from_numpy(pairs_by_row(handle.ranks_TK))]
-            pairs = Pairs.of(handle.ranks_TK, handle.weights_TK.numpy())
-            return weighted_sum(in_order_PH, pairs).to(dtype)
+            return self._sum_exact(messages, handle.ranks_TK, handle.weights_TK, handle.wire.dtype)
         reduction, topology = handle.reduction, self.topology
-        partials = [
-            m.view(reduction.partial_dtype).view(-1, reduction.partial_columns) for m in messages
-        ]
+        partials = self._partials(messages, reduction)
         everything = np.arange(num_tokens)
         sums = []
         for node in range(topology.num_nodes):

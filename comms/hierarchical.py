@@ -45,7 +45,6 @@ from comms.routes import (
     pairs_by_row,
     route_rows,
     sums_of_segments,
-    weighted_sum,
 )
 from comms.sizes import as_bytes, joined
 
@@ -231,9 +230,7 @@ class HierarchicalDispatcher(BaseDispatcher):
         partial_RH = reduction.partial(y_PH, part.pairs, part.range_R)
         messages = [as_bytes(rows) for rows in torch.split(partial_RH, part.recv_counts)]
         arrived = self._exchange("combine/reduce", self.groups.node, messages)
-        partials = [
-            m.view(reduction.partial_dtype).view(-1, reduction.partial_columns) for m in arrived
-        ]
+        partials = self._partials(arrived, reduction)
         sum_VH = reduction.node_sum(partials, part.forwarded.parts, len(part.local_ranks_VK))
         return [reduction.encode(rows) for rows in torch.split(sum_VH, part.rail_counts)]
 
@@ -253,12 +250,9 @@ class HierarchicalDispatcher(BaseDispatcher):
 
     def finish(self, messages: list[Tensor], handle: HierarchicalHandle) -> Tensor:
         """out_TH from what the nodes sent home, in node order."""
-        dtype, num_tokens = handle.wire.dtype, len(handle.weights_TK)
+        num_tokens = len(handle.weights_TK)
         if self.combine_mode == "exact":
-            pairs_PH = torch.cat(messages).view(dtype).view(-1, self.hidden)
-            in_order_PH = pairs_PH[torch.from_numpy(pairs_by_row(handle.nodes_TK))]
-            pairs = Pairs.of(handle.nodes_TK, handle.weights_TK.numpy())
-            return weighted_sum(in_order_PH, pairs).to(dtype)
+            return self._sum_exact(messages, handle.nodes_TK, handle.weights_TK, handle.wire.dtype)
         reduction, sent = handle.reduction, handle.sent
         sums = [reduction.decode(m, n) for m, n in zip(messages, sent.counts, strict=True)]
         return reduction.total(sums, sent.parts, handle.range_T, num_tokens)
