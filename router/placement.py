@@ -11,8 +11,10 @@ T tokens, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 IntArray = NDArray[np.int64]
+
+
+class Move(NamedTuple):
+    """Slot `slot` of `layer` gets `expert`, which its rank does not hold yet."""
+
+    layer: int
+    slot: int
+    expert: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -145,14 +155,17 @@ class Placement:
     def logical_to_physical(self) -> IntArray:
         """[L, E, C]: the slots of each expert's copies, ascending, padded with -1."""
         max_copies = int(self.replica_counts.max(initial=1))
-        slots = np.full((self.num_layers, self.num_experts, max_copies), -1, dtype=np.int64)
-        filled = np.zeros((self.num_layers, self.num_experts), dtype=np.int64)
-        for layer, slot in np.argwhere(self.physical_to_logical >= 0):
-            expert = self.physical_to_logical[layer, slot]
-            slots[layer, expert, filled[layer, expert]] = slot
-            filled[layer, expert] += 1
-        slots.setflags(write=False)
-        return slots
+        table = np.full((self.num_layers, self.num_experts, max_copies), -1, dtype=np.int64)
+        layers, slots = np.nonzero(self.physical_to_logical >= 0)
+        experts = self.physical_to_logical[layers, slots]
+        order = np.lexsort((slots, experts, layers))
+        layers, slots, experts = layers[order], slots[order], experts[order]
+        of_same = layers * self.num_experts + experts
+        starts = np.flatnonzero(np.diff(of_same, prepend=-1))
+        lengths = np.diff(starts, append=len(of_same))
+        table[layers, experts, np.arange(len(of_same)) - np.repeat(starts, lengths)] = slots
+        table.setflags(write=False)
+        return table
 
     def slots_of_rank(self, rank: int) -> range:
         """Global slot ids of one rank."""
@@ -166,6 +179,30 @@ class Placement:
         row = self.physical_to_logical[layer, slots.start : slots.stop]
         return {i: int(expert) for i, expert in enumerate(row) if expert >= 0}
 
+    def with_layers(self, rows: Mapping[int, IntArray], epoch: int | None = None) -> Placement:
+        """The same placement with other rows [S] for some layers, at the next epoch (or `epoch`)."""
+        physical = self.physical_to_logical.copy()
+        for layer, row in rows.items():
+            physical[layer] = row
+        return Placement(
+            physical_to_logical=physical,
+            num_experts=self.num_experts,
+            num_ranks=self.num_ranks,
+            ranks_per_node=self.ranks_per_node,
+            epoch=self.epoch + 1 if epoch is None else epoch,
+        )
+
+    def moves_from(self, current: Placement) -> list[Move]:
+        """Each expert that a rank holds here and not in `current`: what has to travel."""
+        moves = []
+        for layer, slot in np.argwhere(self.physical_to_logical != current.physical_to_logical):
+            rank = int(slot) // self.slots_per_rank
+            expert = int(self.physical_to_logical[layer, slot])
+            mine = current.slots_of_rank(rank)
+            if expert >= 0 and expert not in current.physical_to_logical[layer, mine]:
+                moves.append(Move(int(layer), int(slot), expert))
+        return moves
+
     def layer(self, layer: int) -> LayerPlacement:
         """The part of this placement that one MoE layer needs."""
         ranks_per_node = self.ranks_per_node or self.num_ranks
@@ -173,8 +210,24 @@ class Placement:
             logical_to_physical=self.logical_to_physical[layer],
             slots_per_rank=self.slots_per_rank,
             slots_per_node=self.slots_per_rank * ranks_per_node,
+            num_ranks=self.num_ranks,
             epoch=self.epoch,
         )
+
+
+def settle(current_S: IntArray, target_S: IntArray, slots_per_rank: int) -> IntArray:
+    """The target row with the same experts on every rank, where each that stays keeps its slot."""
+    settled_S = np.full_like(target_S, -1)
+    for start in range(0, len(target_S), slots_per_rank):
+        mine = slice(start, start + slots_per_rank)
+        arriving = target_S[mine][target_S[mine] >= 0].tolist()
+        row = settled_S[mine]
+        for slot, expert in enumerate(current_S[mine].tolist()):
+            if expert in arriving:
+                row[slot] = expert
+                arriving.remove(expert)
+        row[np.flatnonzero(row < 0)[: len(arriving)]] = arriving
+    return settled_S
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,8 +237,17 @@ class LayerPlacement:
     logical_to_physical: IntArray
     slots_per_rank: int
     slots_per_node: int
+    num_ranks: int
     epoch: int
     _tables: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.logical_to_physical)
+
+    @property
+    def num_nodes(self) -> int:
+        return self.num_ranks * self.slots_per_rank // self.slots_per_node
 
     def choose_slots(self, ids_TK: Tensor, source_rank: int) -> Tensor:
         """Logical expert ids (int64, -1 = none) to global slot ids of the copies to use (-1 = none).
