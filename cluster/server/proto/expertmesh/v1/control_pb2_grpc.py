@@ -59,6 +59,26 @@ class ControlStub:
                 request_serializer=expertmesh_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.GetExpertPlacement = channel.unary_unary(
+                '/expertmesh.v1.Control/GetExpertPlacement',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.GetExpertPlacementRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.GetExpertPlacementResponse.FromString,
+                _registered_method=True)
+        self.GetBalance = channel.unary_unary(
+                '/expertmesh.v1.Control/GetBalance',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.GetBalanceRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.GetBalanceResponse.FromString,
+                _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/expertmesh.v1.Control/Rebalance',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
+        self.DumpExpertStats = channel.unary_stream(
+                '/expertmesh.v1.Control/DumpExpertStats',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.DumpExpertStatsRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.DumpExpertStatsChunk.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -96,6 +116,34 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetExpertPlacement(self, request, context):
+        """Which expert is in which slot of which rank.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetBalance(self, request, context):
+        """How evenly the ranks are loaded, and what is being done about it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rebalance(self, request, context):
+        """Admin: plans a placement for the load recorded so far and starts to move experts towards it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DumpExpertStats(self, request, context):
+        """Admin: the recorded load of the experts as one .npz file, in chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -123,6 +171,26 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=expertmesh_dot_v1_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'GetExpertPlacement': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetExpertPlacement,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.GetExpertPlacementRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.GetExpertPlacementResponse.SerializeToString,
+            ),
+            'GetBalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBalance,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.GetBalanceRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.GetBalanceResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.RebalanceRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.RebalanceResponse.SerializeToString,
+            ),
+            'DumpExpertStats': grpc.unary_stream_rpc_method_handler(
+                    servicer.DumpExpertStats,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.DumpExpertStatsRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.DumpExpertStatsChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -260,6 +328,114 @@ class Control:
             '/expertmesh.v1.Control/Drain',
             expertmesh_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
             expertmesh_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetExpertPlacement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Control/GetExpertPlacement',
+            expertmesh_dot_v1_dot_control__pb2.GetExpertPlacementRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.GetExpertPlacementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Control/GetBalance',
+            expertmesh_dot_v1_dot_control__pb2.GetBalanceRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.GetBalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Control/Rebalance',
+            expertmesh_dot_v1_dot_control__pb2.RebalanceRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.RebalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DumpExpertStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.v1.Control/DumpExpertStats',
+            expertmesh_dot_v1_dot_control__pb2.DumpExpertStatsRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.DumpExpertStatsChunk.FromString,
             options,
             channel_credentials,
             insecure,
