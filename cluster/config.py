@@ -19,6 +19,8 @@ from comms.topology import Topology
 
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Imbalance = Annotated[float, Field(ge=1, le=1000)]
+"""max / mean over ranks."""
 
 
 class ConfigError(ValueError):
@@ -98,6 +100,36 @@ class ExpertsConfig(Section):
     num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 16)] = 0
 
 
+class EplbConfig(Section):
+    """Which rank holds which experts while serving. The load is recorded always; experts move by
+    themselves only if `enabled`, and otherwise when an admin asks for it."""
+
+    enabled: bool = False
+    interval_s: Seconds = 1.0
+    """Between two looks at the load of the experts."""
+    window_size: Count = 64
+    """Looks that the recorded load spans."""
+    min_tokens: Count = 1024
+    """Tokens that must have been recorded before anything is planned."""
+    threshold: Imbalance = 1.05
+    """Imbalance of a layer, after the best division of its tokens over copies, that is put right."""
+    target: Imbalance = 1.02
+    """Imbalance that a plan is to reach."""
+    bandwidth_mib_s: Annotated[float, Field(gt=0, le=1 << 20)] = 64.0
+    """MiB/s of weights that each rank sends at most while it serves."""
+    prepare_timeout_s: Seconds = 60.0
+    """For the weights of one layer to reach all ranks; later the change is abandoned."""
+
+    @model_validator(mode="after")
+    def _what_is_reached_is_not_put_right_again(self) -> Self:
+        if self.target > self.threshold:
+            raise ValueError(
+                "target must not exceed threshold, or each rebalance would ask for the next: "
+                f"{self.target:g} > {self.threshold:g}"
+            )
+        return self
+
+
 class CacheConfig(Section):
     """The paged KV cache of each rank."""
 
@@ -148,7 +180,7 @@ class ServerConfig(Section):
     """What RetryInfo tells a client whose request found the queue full."""
     drain_timeout_s: Seconds = 30.0
     admin_token_file: str | None = None
-    """File with the token that Abort and Drain need. None: they are for loopback clients only."""
+    """File with the token that admin calls need. None: they are for loopback clients only."""
 
 
 class RayConfig(Section):
@@ -174,6 +206,7 @@ class ServeConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     comms: CommsConfig = CommsConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    eplb_config: EplbConfig = EplbConfig()
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerConfig = ServerConfig()

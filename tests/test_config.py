@@ -67,6 +67,9 @@ def test_unknown_key_names_the_nearest(key, suggestion):
             ["scheduler", "4 < max_num_seqs = 32"],
         ),
         ("parallel.tensor_parallel_size=2", ["parallel", "1 % 2 = 1"]),
+        ("eplb_config.threshold=0.9", ["eplb_config.threshold = 0.9", ">= 1"]),
+        ("eplb_config.target=1.1", ["eplb_config", "1.1 > 1.05"]),
+        ("eplb_config.bandwidth_mib_s=0", ["eplb_config.bandwidth_mib_s = 0", "> 0"]),
     ],
 )
 def test_bad_value_names_field_and_allowed_values(override, parts):

@@ -1,6 +1,7 @@
 """Frames between the gateway and the leaders: small msgpack maps, checked before they are believed.
 
 gateway -> leader   add {request_id, token_ids, sampling} | abort {request_id} | wake | stop
+                    | placement {epoch}
 leader -> gateway   step {replica, events, stats}; an event is
                     [request_id, token_id, finish_reason, stop_token_id, error]
 """
@@ -43,6 +44,8 @@ class ReplicaStats:
     kv_usage: float = 0.0
     """Fraction of KV blocks in use."""
     step: int = 0
+    epoch: int = 0
+    """Of the expert placement in force."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ def pack_abort(request_id: str) -> bytes:
 def pack_signal(kind: str) -> bytes:
     """`wake`: take part in steps again. `stop`: leave after the current step."""
     return _pack({"type": kind})
+
+
+def pack_placement(epoch: int) -> bytes:
+    """All ranks have prepared the placement of this epoch: put it in force at the next step."""
+    return _pack({"type": "placement", "epoch": epoch})
 
 
 def _pack(message: Mapping[str, Any]) -> bytes:
@@ -111,10 +119,10 @@ def _parse_stats(stats: Any) -> ReplicaStats:
     kv_usage = stats.get("kv_usage", 0.0)
     if not isinstance(kv_usage, int | float) or not 0 <= kv_usage <= 1:
         raise WireError(f"kv_usage is not in [0, 1]: {kv_usage!r:.100}")
-    running, waiting, step = (
-        _number(stats.get(name, 0), name) for name in ("running", "waiting", "step")
+    running, waiting, step, epoch = (
+        _number(stats.get(name, 0), name) for name in ("running", "waiting", "step", "epoch")
     )
-    return ReplicaStats(running, waiting, float(kv_usage), step)
+    return ReplicaStats(running, waiting, float(kv_usage), step, epoch)
 
 
 def _number(value: Any, name: str) -> int:

@@ -46,12 +46,14 @@ def test_step_frames_of_arbitrary_parts_are_parsed_or_refused(replica, events, s
 
 @given(replica=st.integers(0, 2**63 - 1), events=EVENTS, running=st.integers(0, 99))
 def test_valid_frames_come_through_whole(replica, events, running):
-    stats = {"running": running, "waiting": 1, "kv_usage": 0.5, "step": 3, "preemptions": 0}
+    stats = {"running": running, "waiting": 1, "kv_usage": 0.5, "step": 3, "epoch": 2, "new": 0}
     message = {"type": "step", "replica": replica, "events": events, "stats": stats}
     frame = wire.parse_step(msgpack.packb(message))
     assert frame.replica == replica
     assert [tuple(vars(event).values()) for event in frame.events] == events
-    assert frame.stats == wire.ReplicaStats(running=running, waiting=1, kv_usage=0.5, step=3)
+    assert frame.stats == wire.ReplicaStats(
+        running=running, waiting=1, kv_usage=0.5, step=3, epoch=2
+    )
 
 
 def test_deep_nesting_is_refused():
