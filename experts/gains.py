@@ -42,9 +42,9 @@ def expert_gains(slots: ExpertSlots, norm_weight_H: Tensor) -> Tensor:
     """
     rng = np.random.Generator(np.random.Philox(_SEED))
     probe_TH = torch.from_numpy(rng.standard_normal((_PROBES, slots.hidden), dtype=np.float32))
-    x_TH = (probe_TH * norm_weight_H.float()).to(slots.w13.dtype)
+    x_TH = (probe_TH * norm_weight_H.float()).to(slots.dtype)
     gains = [
-        _rms(gated_mlp(x_TH, slots.w13[slot], slots.w2[slot])) for slot in range(slots.num_slots)
+        _rms(gated_mlp(x_TH, slots[slot].w13, slots[slot].w2)) for slot in range(slots.num_slots)
     ]
     return torch.tensor([_power_of_two(gain) for gain in gains], dtype=torch.float32)
 

@@ -28,18 +28,21 @@ def run_experts(x_RH: Tensor, local_slots_RK: Tensor, slots: ExpertSlots) -> Ten
     if len(counts_S) > slots.num_slots:
         raise ValueError(f"slot({len(counts_S) - 1}) is outside [0, num_slots({slots.num_slots}))")
     sorted_PH = x_RH[pairs_P[order_P] // num_choices]
-    gate_up = _grouped_linear(sorted_PH, slots.w13, counts_S)
+    gate_up = _grouped_linear(sorted_PH, slots.w13, counts_S, 2 * slots.intermediate)
     y_PH = torch.empty_like(sorted_PH)
-    y_PH[order_P] = _grouped_linear(silu_and_multiply(gate_up), slots.w2, counts_S)
+    hidden_PI = silu_and_multiply(gate_up)
+    y_PH[order_P] = _grouped_linear(hidden_PI, slots.w2, counts_S, slots.hidden)
     return y_PH
 
 
-def _grouped_linear(x_PI: Tensor, w_SOI: Tensor, counts_S: list[int]) -> Tensor:
-    """Each run of counts_S[s] rows times the transpose of w_SOI[s]: [P, O]."""
+def _grouped_linear(
+    x_PI: Tensor, w_SOI: list[Tensor], counts_S: list[int], num_outputs: int
+) -> Tensor:
+    """Each run of counts_S[s] rows times the transpose of w_SOI[s]: [P, O = num_outputs]."""
     outputs = []
     start = 0
     for slot, count in enumerate(counts_S):
         if count:
             outputs.append(stable_linear(x_PI[start : start + count], w_SOI[slot]))
             start += count
-    return torch.cat(outputs) if outputs else x_PI.new_empty(0, w_SOI.shape[1])
+    return torch.cat(outputs) if outputs else x_PI.new_empty(0, num_outputs)

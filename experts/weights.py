@@ -1,19 +1,61 @@
 """Slot buffers: the weights of the physical experts that one rank hosts in one layer.
 
+Weights that are in a slot are never written again. To change the expert of a slot is to put other
+weights in their place, one reference, so that it can be done between two steps, and whoever still
+reads the old ones (to send them to a peer) reads what they were.
+
 S slots, H hidden, I intermediate.
 """
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor
 
 
-class ExpertSlots:
-    """w13 [S, 2I, H] (gate rows, then up rows) and w2 [S, H, I], zero until loaded.
+class ExpertWeights:
+    """One expert in one piece of memory: w13 [2I, H] (gate rows, then up rows), then w2 [H, I].
 
-    The memory is taken once; putting another expert in a slot is a copy. Raises ValueError for
-    sizes below one (no slots at all are fine) and for tensors that do not fit a slot.
+    The memory holds anything until it is filled, by `fill` or by writing `data`, its bytes.
+    """
+
+    __slots__ = ("data", "w2", "w13")
+
+    def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype) -> None:
+        whole = torch.empty(3 * hidden * intermediate, dtype=dtype)
+        self.w13 = whole[: 2 * intermediate * hidden].view(2 * intermediate, hidden)
+        self.w2 = whole[2 * intermediate * hidden :].view(hidden, intermediate)
+        self.data = memoryview(whole.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+    def fill(self, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> None:
+        """Write the expert's matrices, cast to our dtype; ValueError if they do not fit."""
+        hidden, intermediate = self.w2.shape
+        wanted = (intermediate, hidden)
+        shapes = [tuple(t.shape) for t in (gate_IH, up_IH, down_HI)]
+        if shapes != [wanted, wanted, wanted[::-1]]:
+            raise ValueError(
+                f"gate, up and down of an expert must be [I, H], [I, H] and [H, I] with "
+                f"I={intermediate}, H={hidden}; got {[list(s) for s in shapes]}"
+            )
+        self.w13[:intermediate] = gate_IH
+        self.w13[intermediate:] = up_IH
+        self.w2.copy_(down_HI)
+
+    def fingerprint(self) -> int:
+        """64 bits of all bytes (CRC-32 and Adler-32): equal for copies, wherever they are."""
+        return zlib.crc32(self.data) << 32 | zlib.adler32(self.data)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.nbytes
+
+
+class ExpertSlots:
+    """S slots, each with the weights of one expert, zero until loaded.
+
+    Raises ValueError for sizes below one (no slots at all are fine).
     """
 
     def __init__(self, num_slots: int, hidden: int, intermediate: int, dtype: torch.dtype) -> None:
@@ -23,24 +65,42 @@ class ExpertSlots:
                 f"intermediate({intermediate}) >= 1"
             )
         self.num_slots, self.hidden, self.intermediate = num_slots, hidden, intermediate
-        self.w13 = torch.zeros(num_slots, 2 * intermediate, hidden, dtype=dtype)
-        self.w2 = torch.zeros(num_slots, hidden, intermediate, dtype=dtype)
+        self.dtype = dtype
+        self._weights = [self.new_weights() for _ in range(num_slots)]
+        for weights in self._weights:
+            weights.w13.zero_()
+            weights.w2.zero_()
+
+    def __getitem__(self, slot: int) -> ExpertWeights:
+        return self._weights[slot]
+
+    def __setitem__(self, slot: int, weights: ExpertWeights) -> None:
+        """Put other weights, of our sizes and dtype, in force."""
+        self._weights[slot] = weights
+
+    @property
+    def w13(self) -> list[Tensor]:
+        """[2I, H] of each slot."""
+        return [weights.w13 for weights in self._weights]
+
+    @property
+    def w2(self) -> list[Tensor]:
+        """[H, I] of each slot."""
+        return [weights.w2 for weights in self._weights]
+
+    def new_weights(self) -> ExpertWeights:
+        """Memory for an expert of this layer that is in no slot yet."""
+        return ExpertWeights(self.hidden, self.intermediate, self.dtype)
 
     def load(self, slot: int, gate_IH: Tensor, up_IH: Tensor, down_HI: Tensor) -> None:
-        """Put one expert in `slot`, cast to the slots' dtype."""
+        """Put one expert in `slot`, cast to the slots' dtype; ValueError if it does not fit.
+
+        Not for a slot in use: it writes into the slot's memory.
+        """
         if not 0 <= slot < self.num_slots:
             raise ValueError(f"slot({slot}) is outside [0, num_slots({self.num_slots}))")
-        wanted = (self.intermediate, self.hidden)
-        shapes = [tuple(t.shape) for t in (gate_IH, up_IH, down_HI)]
-        if shapes != [wanted, wanted, wanted[::-1]]:
-            raise ValueError(
-                f"gate, up and down of an expert must be [I, H], [I, H] and [H, I] with "
-                f"I={self.intermediate}, H={self.hidden}; got {[list(s) for s in shapes]}"
-            )
-        self.w13[slot, : self.intermediate] = gate_IH
-        self.w13[slot, self.intermediate :] = up_IH
-        self.w2[slot] = down_HI
+        self._weights[slot].fill(gate_IH, up_IH, down_HI)
 
     @property
     def num_bytes(self) -> int:
-        return self.w13.nbytes + self.w2.nbytes
+        return sum(weights.num_bytes for weights in self._weights)

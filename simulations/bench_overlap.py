@@ -153,8 +153,9 @@ def _stack(
     placement = Placement.contiguous(1, model.experts, groups.topology.world_size, ranks_per_node=1)
     intermediate = max(LEAST_INTERMEDIATE, products * model.hidden // (3 * model.topk))
     slots = ExpertSlots(placement.slots_per_rank, model.hidden, intermediate, torch.bfloat16)
-    slots.w13.normal_(generator=generator).mul_(model.hidden**-0.5)
-    slots.w2.normal_(generator=generator).mul_(intermediate**-0.5)
+    for slot in range(placement.slots_per_rank):
+        slots[slot].w13.normal_(generator=generator).mul_(model.hidden**-0.5)
+        slots[slot].w2.normal_(generator=generator).mul_(intermediate**-0.5)
     config = GateConfig(
         num_experts=model.experts, num_experts_per_token=model.topk, renormalize=True
     )

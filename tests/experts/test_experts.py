@@ -120,19 +120,47 @@ def test_gated_mlp_equals_fp64(dtype):
     assert relative_error(mlp(x_TH), dense_expert(x_TH, slots, 0)) < TOLERANCE[dtype]
     assert mlp.num_bytes == 3 * 96 * 40 * dtype.itemsize
     with pytest.raises(ValueError, match=r"w13 \[79, 96\] and w2 \[96, 40\]"):
-        GatedMLP(slots.w13[0, 1:], slots.w2[0])
+        GatedMLP(slots.w13[0][1:], slots.w2[0])
 
 
 def test_slots_take_memory_once_and_load_where_told():
     slots = ExpertSlots(3, 32, 16, torch.bfloat16)
     assert slots.num_bytes == 3 * 3 * 32 * 16 * 2
-    before = slots.w13.data_ptr()
+    before = [weights.data_ptr() for weights in slots.w13]
     gate, up, down = torch.ones(16, 32), torch.full((16, 32), 2.0), torch.full((32, 16), 3.0)
     slots.load(1, gate, up, down)
-    assert slots.w13.data_ptr() == before
-    assert slots.w13.sum((1, 2)).tolist() == [0, 16 * 32 * 3, 0]
-    assert torch.equal(slots.w13[1, 16:].float(), up)
-    assert slots.w2.sum((1, 2)).tolist() == [0, 16 * 32 * 3, 0]
+    assert [weights.data_ptr() for weights in slots.w13] == before
+    assert [int(weights.sum()) for weights in slots.w13] == [0, 16 * 32 * 3, 0]
+    assert torch.equal(slots.w13[1][16:].float(), up)
+    assert [int(weights.sum()) for weights in slots.w2] == [0, 16 * 32 * 3, 0]
+
+
+def test_other_weights_take_a_slot_by_reference():
+    slots = random_slots(3, 32, 16, torch.bfloat16)
+    old, neighbours = slots[1], [slots[0], slots[2]]
+    before = old.w13.clone()
+    other = slots.new_weights()
+    other.fill(torch.ones(16, 32), torch.ones(16, 32), torch.ones(32, 16))
+    slots[1] = other
+    assert slots[1] is other
+    assert slots.w13[1] is other.w13
+    assert [slots[0], slots[2]] == neighbours
+    assert torch.equal(old.w13, before)
+    assert slots.num_bytes == 3 * 3 * 32 * 16 * 2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_fingerprint_is_of_every_byte_and_of_nothing_else(dtype):
+    here, there = random_slots(2, 32, 16, dtype), random_slots(2, 32, 16, dtype)
+    assert here[0].fingerprint() == there[0].fingerprint() != here[1].fingerprint()
+    assert here[0].num_bytes == 3 * 32 * 16 * dtype.itemsize == len(here[0].data)
+    assert bytes(here[0].data) == b"".join(
+        part.view(torch.uint8).numpy().tobytes() for part in (here[0].w13, here[0].w2)
+    )
+    for position in (0, 700, len(here[0].data) - 1):
+        there[0].data[position] ^= 4
+        assert there[0].fingerprint() != here[0].fingerprint()
+        there[0].data[position] ^= 4
 
 
 def test_wrong_loads_are_refused():

@@ -51,15 +51,16 @@ def test_gains_do_not_depend_on_where_an_expert_lives() -> None:
     assert len(set(here.tolist())) > 2
     assert torch.equal(there, here[[2, 0, 3, 1]])
     alone = random_slots([scales[1]] * 2, order=[1, 1])
-    alone.w2[0] = alone.w2[1] = random_slots(scales).w2[1]
+    for slot in range(2):
+        alone.w2[slot].copy_(random_slots(scales).w2[1])
     assert expert_gains(alone, norm_weight()).tolist() == [here[1].item()] * 2
 
 
 def test_empty_slots_and_weights_that_are_not_finite() -> None:
     slots = random_slots([1.0, 1.0, 1.0])
-    slots.w13[0] = 0
-    slots.w2[0] = 0
-    slots.w2[1, 3, 3] = math.nan
+    slots.w13[0].zero_()
+    slots.w2[0].zero_()
+    slots.w2[1][3, 3] = math.nan
     gains = expert_gains(slots, norm_weight())
     assert gains[0] == 0
     assert gains[1].isnan()
