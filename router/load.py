@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from router.token_sample import RowArray, TokenSample
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-RowArray = NDArray[np.int16]
 
 PATIENCE = 2
 """So many batches in a row must differ before the history goes: one may be an accident."""
@@ -66,7 +67,7 @@ class LoadWindow:
         num_experts: int,
         *,
         horizon: float = 64.0,
-        change: float = 2.0,
+        change: float = 3.0,
         sample_tokens: int = 1024,
         seed: int = 0,
     ) -> None:
@@ -111,7 +112,7 @@ class LoadWindow:
         for counts, sampled in self._pending:
             self._take(counts)
             if sampled is not None:
-                self._sample(sampled)
+                self._sample.add(sampled)
         self._pending = []
 
     def estimate(self) -> ExpertLoad:
@@ -119,11 +120,11 @@ class LoadWindow:
         if not self._weight_L.any():
             raise ValueError("The load window is empty: add the counts of a batch first")
         tokens_L = self._weight_L / np.maximum(self._batches_L, 1)
-        rows = self._rows_LMK if self._rows_LMK.shape[1] else None
+        rows_LMK = self._sample.rows_LMK
         return ExpertLoad(
             mean_LE=self._mean_LE * tokens_L[:, None],
             sigma_LE=np.sqrt(self._variance_LE()) * tokens_L[:, None],
-            rows_LMK=rows,
+            rows_LMK=rows_LMK if rows_LMK.size else None,
         )
 
     def error_LE(self) -> FloatArray:
@@ -143,8 +144,8 @@ class LoadWindow:
             "weight": self._weight_L,
             "weight_squares": self._squares_L,
             "batches": self._batches_L,
-            "rows": self._rows_LMK,
-            "rows_seen": np.array(self._rows_seen, dtype=np.int64),
+            "rows": self._sample.rows_LMK,
+            "rows_seen": np.array(self._sample.num_seen, dtype=np.int64),
         }
 
     @staticmethod
@@ -167,13 +168,14 @@ class LoadWindow:
         window._weight_L = _array(state, "weight", np.float64, (layers,))
         window._squares_L = _array(state, "weight_squares", np.float64, (layers,))
         window._batches_L = _array(state, "batches", np.float64, (layers,))
-        rows = _array(state, "rows", np.int16, (layers, None, None))
-        if rows.shape[1] > window.sample_tokens:
+        rows_LMK = _array(state, "rows", np.int16, (layers, None, None))
+        if rows_LMK.shape[1] > window.sample_tokens:
             raise ValueError(
-                f"array 'rows' has {rows.shape[1]} tokens, more than {window.sample_tokens}"
+                f"array 'rows' has {rows_LMK.shape[1]} tokens, more than {window.sample_tokens}"
             )
-        window._rows_LMK = window._checked_rows(rows)
-        window._rows_seen = max(int(_array(state, "rows_seen", np.int64, ())), rows.shape[1])
+        seen = int(_array(state, "rows_seen", np.int64, ()))
+        window._sample.rows_LMK = window._checked_rows(rows_LMK)
+        window._sample.num_seen = max(seen, rows_LMK.shape[1])
         return window
 
     def _forget(self) -> None:
@@ -181,8 +183,7 @@ class LoadWindow:
         self._mean_LE, self._scatter_LE = np.zeros(shape), np.zeros(shape)
         self._weight_L, self._squares_L = np.zeros(self.num_layers), np.zeros(self.num_layers)
         self._batches_L = np.zeros(self.num_layers)
-        self._rows_LMK = np.zeros((self.num_layers, 0, 0), dtype=np.int16)
-        self._rows_seen = 0
+        self._sample = TokenSample(self.num_layers, self.sample_tokens, self.seed)
 
     def _take(self, counts_LE: IntArray) -> None:
         tokens_L = counts_LE.sum(axis=1).astype(np.float64)
@@ -247,27 +248,6 @@ class LoadWindow:
         share_LE = mean_LE + 1 / (self._weight_L[known_L, None] + tokens_L1)
         distance = float((off_LE**2 / share_LE).sum())
         return distance > self.change * float((expected_LE / share_LE).sum())
-
-    def _sample(self, rows_LMK: RowArray) -> None:
-        """Reservoir sampling: every token since the history began is kept with the same chance."""
-        arriving, width = rows_LMK.shape[1:]
-        kept = self._rows_LMK.shape[1]
-        place = np.arange(self._rows_seen, self._rows_seen + arriving)
-        rng = np.random.default_rng([self.seed, self._rows_seen])
-        drawn = rng.integers(0, place + 1)
-        place = np.where(place < self.sample_tokens, place, drawn)
-        size = (
-            self.num_layers,
-            min(self._rows_seen + arriving, self.sample_tokens),
-            max(width, self._rows_LMK.shape[2]),
-        )
-        rows = np.full(size, -1, dtype=np.int16)
-        rows[:, :kept, : self._rows_LMK.shape[2]] = self._rows_LMK
-        for token in np.flatnonzero(place < self.sample_tokens):
-            rows[:, place[token]] = -1
-            rows[:, place[token], :width] = rows_LMK[:, token]
-        self._rows_LMK = rows
-        self._rows_seen += arriving
 
     def _checked_counts(self, counts_LE: NDArray[Any]) -> IntArray:
         shape = (self.num_layers, self.num_experts)
