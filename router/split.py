@@ -1,0 +1,189 @@
+"""How the tokens of one batch divide over the copies of their experts, so that ranks end up even.
+
+The counts of the batch decide, and nothing else: every rank that knows them finds the same division,
+in integers. The least possible maximum T over the ranks' tokens is exact: T is feasible unless some
+set of ranks has more tokens of experts that only it holds than T for each of its ranks (Hall). Each
+infeasible T shows such a set, whose mean is the next T (Dinkelbach's iteration on the minimum cut).
+
+N nodes, E logical experts, C most copies of any expert (as in logical_to_physical), R ranks,
+A experts with a choice: copies on several ranks; an edge is one (such expert, rank that holds it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.flow import Flow
+from router.placement import IntArray, LayerPlacement
+
+_UNIT = 1 << 16  # speeds are multiples of 1/_UNIT, so that every rank rounds alike
+
+
+class LayerSplit:
+    """The copies of one layer, prepared for many batches.
+
+    rank_speeds [R]: relative, None = all alike; a rank's load is its tokens divided by its speed,
+    where 1 is the mean speed. Of an expert's copies on one rank only the first is used.
+    Raises ValueError for speeds that are not one positive number per rank.
+    """
+
+    def __init__(
+        self,
+        layer: LayerPlacement,
+        rank_speeds: Sequence[float] | NDArray[np.float64] | None = None,
+    ) -> None:
+        self.layer = layer
+        self._max_copies = layer.logical_to_physical.shape[1]
+        self._speeds_R = _integer_speeds(rank_speeds, layer.num_ranks)
+        self._speeds: list[int] = self._speeds_R.tolist()
+        slots_EC = layer.logical_to_physical
+        ranks_EC = np.where(slots_EC >= 0, slots_EC // layer.slots_per_rank, -1)
+        # Slots ascend, so copies on one rank are neighbours.
+        usable_EC = (ranks_EC >= 0) & (np.diff(ranks_EC, axis=1, prepend=-1) != 0)
+        choice_E = usable_EC.sum(axis=1) > 1
+        self._several, self._single = np.flatnonzero(choice_E), np.flatnonzero(~choice_E)
+        self._rank_of_single = ranks_EC[self._single, 0]
+        self._edge_expert, self._edge_copy = np.nonzero(usable_EC[self._several])
+        self._edge_rank = ranks_EC[self._several[self._edge_expert], self._edge_copy]
+        self._edge_node = self._edge_rank * layer.slots_per_rank // layer.slots_per_node
+        self._node_AC = slots_EC[self._several] // layer.slots_per_node  # -1 stays -1
+        self._first_on_node_AC = _first_alike(self._node_AC)
+        self._flow = Flow(
+            self._edge_expert.tolist(),
+            self._edge_rank.tolist(),
+            num_experts=len(self._several),
+            num_ranks=layer.num_ranks,
+        )
+        of_expert, of_rank = self._flow.components()
+        self._component = np.array(of_rank + of_expert, dtype=np.int64)
+        self._component_speed = np.bincount(of_rank, weights=self._speeds_R).astype(np.int64)
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether any expert has copies on several ranks."""
+        return len(self._several) > 0
+
+    def optimum(self, counts_E: IntArray) -> int:
+        """The least integer T such that no rank needs more than T tokens, or T times its speed."""
+        return self._solve(np.asarray(counts_E, dtype=np.int64))[0]
+
+    def imbalance(self, counts_E: IntArray) -> float:
+        """optimum / mean; 1 without tokens."""
+        total = int(np.sum(counts_E))
+        return self.optimum(counts_E) * self.layer.num_ranks / total if total else 1.0
+
+    def divide(self, counts_NE: IntArray, slack: float = 0.0) -> IntArray:
+        """quotas [N, E, C]: how many tokens of each expert go from each node to each copy.
+
+        They add up to counts_NE, and no rank gets more than optimum * (1 + slack). Tokens stay on
+        their node as far as the quotas of its copies allow, which grow where a single rank has room
+        below that cap; chains of exchanges that would bring more home are not looked for.
+        """
+        counts_NE = np.asarray(counts_NE, dtype=np.int64)
+        level, flow, base_R = self._solve(counts_NE.sum(axis=0))
+        counts_NA = counts_NE[:, self._several]
+        if len(counts_NE) > 1:
+            self._bring_home(flow, counts_NA, base_R, int(level * (1.0 + slack)))
+        quotas_AC = np.zeros((len(self._several), self._max_copies), dtype=np.int64)
+        quotas_AC[self._edge_expert, self._edge_copy] = flow
+        quotas_NEC = np.zeros((*counts_NE.shape, self._max_copies), dtype=np.int64)
+        quotas_NEC[:, self._single, 0] = counts_NE[:, self._single]
+        quotas_NEC[:, self._several] = self._by_source(quotas_AC, counts_NA)
+        return quotas_NEC
+
+    # -- the optimum -------------------------------------------------------------------------
+
+    def _solve(self, counts_E: IntArray) -> tuple[int, list[int], IntArray]:
+        """The optimum, the tokens of each edge under it, and the ranks' tokens without a choice."""
+        base_R = np.bincount(
+            self._rank_of_single, weights=counts_E[self._single], minlength=self.layer.num_ranks
+        ).astype(np.int64)
+        base, tokens = base_R.tolist(), counts_E[self._several].tolist()
+        level = self._lower_bound(base_R, counts_E)
+        while True:
+            room = [
+                (level * speed // _UNIT) - load
+                for speed, load in zip(self._speeds, base, strict=True)
+            ]
+            flow, bottlenecks = self._flow.fill(tokens, room)
+            if not bottlenecks:
+                return level, flow, base_R
+            level += 1
+            for experts, ranks in bottlenecks:
+                load = sum([tokens[e] for e in experts]) + sum([base[r] for r in ranks])
+                level = max(level, -(-load * _UNIT // sum([self._speeds[r] for r in ranks])))
+
+    def _lower_bound(self, base_R: IntArray, counts_E: IntArray) -> int:
+        """Each rank's own tokens, and the mean of each component of the graph."""
+        load = np.concatenate([base_R, counts_E[self._several]])
+        total = np.bincount(self._component, weights=load).astype(np.int64)
+        own = -(-base_R * _UNIT // self._speeds_R)
+        return max(int(own.max()), int((-(-total * _UNIT // self._component_speed)).max()))
+
+    # -- who sends to which copy -------------------------------------------------------------
+
+    def _bring_home(
+        self, flow: list[int], counts_NA: IntArray, base_R: IntArray, level: int
+    ) -> None:
+        """Where a node would send out tokens of an expert it holds, use its ranks' room to `level`."""
+        lacking_NA = counts_NA.copy()
+        np.subtract.at(lacking_NA, (self._edge_node, self._edge_expert), flow)
+        room_R = level * self._speeds_R // _UNIT - base_R
+        np.subtract.at(room_R, self._edge_rank, flow)
+        lacks = lacking_NA[self._edge_node, self._edge_expert] > 0
+        lacking, room = lacking_NA.tolist(), room_R.tolist()
+        edges = self._flow.edges_of_expert
+        nodes, ranks = self._edge_node.tolist(), self._flow.ranks
+        for edge in np.flatnonzero(lacks & (room_R[self._edge_rank] > 0)).tolist():
+            expert, node = self._flow.experts[edge], nodes[edge]
+            for other in edges[expert]:
+                surplus = min(flow[other], -lacking[nodes[other]][expert])
+                amount = min(surplus, lacking[node][expert], room[ranks[edge]])
+                if amount > 0:
+                    flow[edge] += amount
+                    flow[other] -= amount
+                    room[ranks[edge]] -= amount
+                    room[ranks[other]] += amount
+                    lacking[node][expert] -= amount
+                    lacking[nodes[other]][expert] += amount
+
+    def _by_source(self, quotas_AC: IntArray, counts_NA: IntArray) -> IntArray:
+        """[N, A, C]: each node fills its own copies first, then what is left in ascending order."""
+        before_AC = np.cumsum(quotas_AC, axis=1) - quotas_AC
+        before_AC -= np.take_along_axis(before_AC, self._first_on_node_AC, axis=1)
+        experts_A1 = np.arange(len(quotas_AC))[:, None]
+        home_AC = np.clip(counts_NA[self._node_AC, experts_A1] - before_AC, 0, quotas_AC)
+        quotas_NAC = np.zeros((*counts_NA.shape, quotas_AC.shape[1]), dtype=np.int64)
+        quotas_NAC[self._node_AC, experts_A1, np.arange(quotas_AC.shape[1])] = home_AC
+        leaving_NA1 = (counts_NA - quotas_NAC.sum(axis=2))[:, :, None]
+        open_AC = quotas_AC - home_AC
+        sent_NA1, taken_AC = np.cumsum(leaving_NA1, axis=0), np.cumsum(open_AC, axis=1)
+        until = np.minimum(sent_NA1, taken_AC)
+        since = np.maximum(sent_NA1 - leaving_NA1, taken_AC - open_AC)
+        quotas_NAC += np.maximum(until - since, 0)
+        return quotas_NAC
+
+
+def _first_alike(values_AC: IntArray) -> IntArray:
+    """[A, C]: the first position in its row that holds the same value; alike are neighbours."""
+    starts = np.diff(values_AC, axis=1, prepend=-2) != 0
+    places_AC = np.where(starts, np.arange(values_AC.shape[1]), 0)
+    return np.asarray(np.maximum.accumulate(places_AC, axis=1))
+
+
+def _integer_speeds(
+    rank_speeds: Sequence[float] | NDArray[np.float64] | None, num_ranks: int
+) -> IntArray:
+    """In units of 1/_UNIT of the mean speed."""
+    if rank_speeds is None:
+        return np.full(num_ranks, _UNIT, dtype=np.int64)
+    speeds_R = np.asarray(rank_speeds, dtype=np.float64)
+    if speeds_R.shape != (num_ranks,) or not np.isfinite(speeds_R).all() or speeds_R.min() <= 0:
+        raise ValueError(
+            f"rank_speeds must be {num_ranks} positive numbers, one per rank, got {rank_speeds}"
+        )
+    units_R = np.rint(speeds_R / speeds_R.mean() * _UNIT).astype(np.int64)
+    return np.asarray(np.maximum(1, units_R))

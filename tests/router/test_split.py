@@ -1,0 +1,222 @@
+"""The split of a batch over copies: exactly optimal, conserving, local first, the same everywhere."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+
+from router.placement import Placement
+from router.split import LayerSplit
+
+
+def layer_of(row, num_experts, num_ranks, ranks_per_node=None):
+    placement = Placement(
+        physical_to_logical=np.array([row]),
+        num_experts=num_experts,
+        num_ranks=num_ranks,
+        ranks_per_node=ranks_per_node,
+    )
+    return placement.layer(0)
+
+
+def random_layer(rng, num_experts, num_ranks, slots_per_rank, ranks_per_node=None):
+    """Any legal placement: trees and cycles, empty slots, several copies on one rank."""
+    spare = num_ranks * slots_per_rank - num_experts
+    row = np.concatenate([np.arange(num_experts), rng.integers(-1, num_experts, spare)])
+    rng.shuffle(row)
+    return layer_of(row, num_experts, num_ranks, ranks_per_node)
+
+
+def path_layer(num_ranks, singles):
+    """Hub r is on ranks r and r + 1; each rank has `singles` experts of its own."""
+    rows, num_hubs = [], num_ranks - 1
+    for rank in range(num_ranks):
+        hubs = [h if 0 <= h < num_hubs else -1 for h in (rank - 1, rank)]
+        first = num_hubs + rank * singles
+        rows += [*hubs, *range(first, first + singles)]
+    return layer_of(rows, num_hubs + num_ranks * singles, num_ranks)
+
+
+@st.composite
+def cases(draw):
+    ranks_per_node = draw(st.integers(1, 3))
+    num_nodes = draw(st.integers(1, 4))
+    num_ranks, slots = ranks_per_node * num_nodes, draw(st.integers(1, 5))
+    num_experts = draw(st.integers(1, num_ranks * slots))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    layer = random_layer(rng, num_experts, num_ranks, slots, ranks_per_node)
+    high = draw(st.sampled_from([1, 3, 50, 10**6]))
+    counts_NE = rng.integers(0, high, (num_nodes, num_experts), endpoint=True)
+    counts_NE[rng.random(counts_NE.shape) < draw(st.sampled_from([0.0, 0.5, 0.9]))] = 0
+    return layer, counts_NE
+
+
+def edges_of(layer):
+    """(expert, copy, rank) of all copies."""
+    slots_EC = layer.logical_to_physical
+    experts, copies = np.nonzero(slots_EC >= 0)
+    return experts, copies, slots_EC[experts, copies] // layer.slots_per_rank
+
+
+def fractional_optimum(layer, counts_E, speeds_R):
+    """The linear program: shares x of each copy, minimise t with load_r <= t * speed_r."""
+    experts, _, ranks = edges_of(layer)
+    num = len(experts)
+    of_expert = np.zeros((layer.num_experts, num + 1))
+    of_expert[experts, np.arange(num)] = 1
+    of_rank = np.zeros((layer.num_ranks, num + 1))
+    of_rank[ranks, np.arange(num)] = 1
+    of_rank[:, num] = -speeds_R
+    objective = np.zeros(num + 1)
+    objective[num] = 1
+    result = linprog(
+        objective,
+        A_ub=of_rank,
+        b_ub=np.zeros(layer.num_ranks),
+        A_eq=of_expert,
+        b_eq=counts_E,
+        method="highs",
+    )
+    return result.fun
+
+
+def rank_loads(layer, quotas_NEC):
+    experts, copies, ranks = edges_of(layer)
+    tokens = quotas_NEC.sum(axis=0)[experts, copies]
+    return np.bincount(ranks, weights=tokens, minlength=layer.num_ranks).astype(int)
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_optimum_is_the_linear_programs_rounded_up(case):
+    """Max flow with integer capacities is integral: the least integer T is the ceiling."""
+    layer, counts_NE = case
+    counts_E = counts_NE.sum(axis=0)
+    fractional = fractional_optimum(layer, counts_E, np.ones(layer.num_ranks))
+    assert LayerSplit(layer).optimum(counts_E) == int(np.ceil(fractional * (1 - 1e-9) - 1e-9))
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.integers(0, 10**6))
+def test_optimum_with_speeds_is_the_least_integer_that_has_room(case, seed):
+    """Capacities floor(T * speed): above the linear program, below it plus a token for each rank."""
+    layer, counts_NE = case
+    counts_E = counts_NE.sum(axis=0)
+    speeds_R = np.random.default_rng(seed).uniform(0.5, 2.0, layer.num_ranks)
+    split = LayerSplit(layer, speeds_R)
+    normal_R = speeds_R / speeds_R.mean()
+    best = split.optimum(counts_E)
+    loads = rank_loads(layer, split.divide(counts_NE))
+    assert (loads <= best * normal_R * (1 + 1e-4) + 1e-6).all()
+    fractional = fractional_optimum(layer, counts_E, normal_R)
+    slowest = normal_R.min()
+    assert fractional * (1 - 1e-4) - 1e-6 <= best <= fractional * (1 + 1e-4) + 1 / slowest + 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_optimum_by_trying_every_division(seed):
+    rng = np.random.default_rng(seed)
+    layer = random_layer(rng, 3, 3, 2)
+    counts_E = rng.integers(0, 5, 3)
+    experts, _, ranks = edges_of(layer)
+    best = None
+    ways = []
+    for expert, count in enumerate(counts_E):
+        hosts = ranks[experts == expert]
+        splits = itertools.product(range(count + 1), repeat=len(hosts))
+        ways.append([np.bincount(hosts, s, 3) for s in splits if sum(s) == count])
+    best = min(int(sum(way).max()) for way in itertools.product(*ways))
+    assert LayerSplit(layer).optimum(counts_E) == best
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases(), st.sampled_from([0.0, 0.02, 0.5]))
+def test_divide_conserves_tokens_and_keeps_the_cap(case, slack):
+    layer, counts_NE = case
+    split = LayerSplit(layer)
+    quotas_NEC = split.divide(counts_NE, slack)
+    assert quotas_NEC.dtype == np.int64
+    assert quotas_NEC.shape == (*counts_NE.shape, layer.logical_to_physical.shape[1])
+    assert (quotas_NEC >= 0).all()
+    assert (quotas_NEC[:, layer.logical_to_physical < 0] == 0).all()
+    assert (quotas_NEC.sum(axis=2) == counts_NE).all()
+    assert rank_loads(layer, quotas_NEC).max() <= split.optimum(counts_NE.sum(0)) * (1 + slack)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_nodes_fill_their_own_copies_before_they_send(case):
+    """Nobody sends out tokens of an expert while others' tokens go to his node's copies of it."""
+    layer, counts_NE = case
+    quotas_NEC = LayerSplit(layer).divide(counts_NE, 0.1)
+    node_EC = layer.logical_to_physical // layer.slots_per_node
+    for node, quotas_EC in enumerate(quotas_NEC):
+        others_EC = quotas_NEC.sum(axis=0) - quotas_EC
+        sends = (quotas_EC * (node_EC != node)).sum(axis=1) > 0
+        takes = (others_EC * (node_EC == node)).sum(axis=1) > 0
+        assert not (sends & takes).any()
+
+
+def test_slack_brings_tokens_home():
+    """Two nodes of one rank: expert 0 on both, expert 1 on rank 0 only. Even loads need 20 tokens
+    of node 0 on rank 1; with a fifth of slack 6 of them can stay."""
+    layer = layer_of([0, 1, 0, 2], 3, 2, ranks_per_node=1)
+    split = LayerSplit(layer)
+    counts_NE = np.array([[30, 20, 0], [10, 0, 0]])
+    assert split.optimum(counts_NE.sum(axis=0)) == 30
+    assert split.divide(counts_NE)[:, 0].tolist() == [[10, 20], [0, 10]]
+    assert split.divide(counts_NE, 0.2)[:, 0].tolist() == [[16, 14], [0, 10]]
+
+
+def test_without_tokens_and_without_copies():
+    layer = layer_of([0, 1, 2, -1], 3, 2)
+    split = LayerSplit(layer)
+    assert not split.has_choice
+    assert split.optimum(np.zeros(3, dtype=int)) == 0
+    assert split.imbalance(np.zeros(3, dtype=int)) == 1.0
+    assert split.imbalance(np.array([3, 1, 2])) == pytest.approx(4 / 3)
+    assert split.divide(np.array([[3, 1, 2]])).tolist() == [[[3], [1], [2]]]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 64])
+def test_a_path_of_hubs_evens_out(num_ranks):
+    """Each hub has 10 tokens, each rank 7 of its own: the first r ranks alone have 17r - 10 < rT to
+    do and pass the rest on through hub r, so the mean is reachable, through all of the path."""
+    layer = path_layer(num_ranks, 1)
+    counts_E = np.array([10] * (num_ranks - 1) + [7] * num_ranks)
+    expected = -(-(7 * num_ranks + 10 * (num_ranks - 1)) // num_ranks)
+    assert LayerSplit(layer).optimum(counts_E) == expected
+
+
+@pytest.mark.parametrize("speeds", [[1.0], [1.0, 0.0], [1.0, float("nan")]])
+def test_speeds_must_be_one_positive_number_per_rank(speeds):
+    with pytest.raises(ValueError, match="rank_speeds must be 2 positive numbers"):
+        LayerSplit(layer_of([0, 1], 2, 2), speeds)
+
+
+def test_processes_agree():
+    """Whatever the hash seed."""
+    script = (
+        "import numpy as np; from tests.router.test_split import *\n"
+        "rng = np.random.default_rng(3)\n"
+        "layer = random_layer(rng, 40, 16, 4, 4)\n"
+        "quotas = LayerSplit(layer).divide(rng.integers(0, 99, (4, 40)), 0.05)\n"
+        "print(quotas.tobytes().hex())"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
