@@ -11,7 +11,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "model", "ready", "draining", "num_nodes", "ranks_per_node", "tensor_parallel_size", "num_replicas", "uptime_s")
+    __slots__ = ("version", "model", "ready", "draining", "num_nodes", "ranks_per_node", "tensor_parallel_size", "num_replicas", "uptime_s", "rebalancing")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,7 @@ class GetServerInfoResponse(_message.Message):
     TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
     NUM_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    REBALANCING_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     ready: bool
@@ -30,7 +31,8 @@ class GetServerInfoResponse(_message.Message):
     tensor_parallel_size: int
     num_replicas: int
     uptime_s: float
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., num_nodes: _Optional[int] = ..., ranks_per_node: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., num_replicas: _Optional[int] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+    rebalancing: str
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., num_nodes: _Optional[int] = ..., ranks_per_node: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., num_replicas: _Optional[int] = ..., uptime_s: _Optional[float] = ..., rebalancing: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ()
