@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from router.share_history import FloatArray, ShareHistory
 from router.token_sample import RowArray, TokenSample
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 PATIENCE = 2
 """So many batches in a row must differ before the history goes: one may be an accident."""
-PRIOR_BATCHES = 8.0
-"""An expert's own variance counts fully once it rests on many more batches than this."""
+LARGEST = 1e15
+"""No count, nor sum of counts, may be larger: beyond it floats skip integers."""
+
+
+class LoadFileError(ValueError):
+    """A file of loads that is not what it should be; the message is for whoever gave it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,11 +56,11 @@ class ExpertLoad:
 
 
 class LoadWindow:
-    """Means and variances of the experts' shares of a batch, weighted by the batch's tokens.
+    """The load of the last batches, as far back as it was the same load.
 
-    horizon: batches after which old ones weigh 1/e. change: how many times the variance of the
-    history makes a batch foreign to it. sample_tokens: most tokens kept as rows. Shares follow West's
-    update (Communications of the ACM 22(9), 1979) with decay. Raises ValueError for sizes below 1.
+    horizon: batches after which old ones weigh 1/e. change: a batch whose squared distance from the
+    mean is so many times the usual one is foreign to the history. sample_tokens: most tokens kept as
+    rows. Raises ValueError for sizes below 1.
     """
 
     def __init__(
@@ -80,18 +82,18 @@ class LoadWindow:
         self.horizon, self.change = horizon, change
         self.sample_tokens, self.seed = sample_tokens, seed
         self.num_changes = 0
-        self._pending: list[tuple[IntArray, RowArray | None]] = []
+        self._pending: list[tuple[FloatArray, RowArray | None]] = []
         self._forget()
 
     @property
     def num_batches(self) -> float:
         """How many equal batches the history amounts to, old ones counting less; 0 at the start."""
-        return float(self._effective_L().max(initial=0.0))
+        return float(self._history.effective_L.max())
 
     @property
     def num_tokens(self) -> float:
         """(token, expert) pairs of a layer in the history, old ones counting less."""
-        return float(self._weight_L.max())
+        return float(self._history.weight_L.max())
 
     def add(self, counts_LE: NDArray[Any], rows_LMK: NDArray[Any] | None = None) -> None:
         """Take a batch: tokens of each expert, and the choices of some of its tokens, if known.
@@ -99,39 +101,39 @@ class LoadWindow:
         Raises ValueError for counts that are not [num_layers, num_experts] of numbers >= 0, or rows
         that are not [num_layers, tokens, k] of expert ids or -1.
         """
-        counts_LE = self._checked_counts(counts_LE)
+        counts = self._checked_counts(counts_LE)
         rows = None if rows_LMK is None else self._checked_rows(rows_LMK)
-        if not counts_LE.any():
+        if not counts.any():
             return
-        self._pending.append((counts_LE, rows))
-        if self._is_foreign(counts_LE):
+        self._pending.append((counts, rows))
+        if self._history.distance(counts) > self.change:
             if len(self._pending) < PATIENCE:
                 return
             self._forget()
             self.num_changes += 1
-        for counts, sampled in self._pending:
-            self._take(counts)
+        for pending, sampled in self._pending:
+            self._history.add(pending)
             if sampled is not None:
                 self._sample.add(sampled)
         self._pending = []
 
     def estimate(self) -> ExpertLoad:
         """Tokens per mean batch of the present load; ValueError before the first batch."""
-        if not self._weight_L.any():
+        history, rows_LMK = self._history, self._sample.rows_LMK
+        if not history.weight_L.any():
             raise ValueError("The load window is empty: add the counts of a batch first")
-        tokens_L = self._weight_L / np.maximum(self._batches_L, 1)
-        rows_LMK = self._sample.rows_LMK
+        tokens_L1 = history.batch_tokens_L[:, None]
         return ExpertLoad(
-            mean_LE=self._mean_LE * tokens_L[:, None],
-            sigma_LE=np.sqrt(self._variance_LE()) * tokens_L[:, None],
+            mean_LE=history.mean_LE * tokens_L1,
+            sigma_LE=np.sqrt(history.variance_LE()) * tokens_L1,
             rows_LMK=rows_LMK if rows_LMK.size else None,
         )
 
     def error_LE(self) -> FloatArray:
         """Standard error of `estimate().mean_LE`: how far the true mean may be, in the same unit."""
-        tokens_L = self._weight_L / np.maximum(self._batches_L, 1)
-        variance_LE = self._variance_LE() / np.maximum(self._effective_L(), 1)[:, None]
-        error_LE: FloatArray = np.sqrt(variance_LE) * tokens_L[:, None]
+        history = self._history
+        variance_LE = history.variance_LE() / np.maximum(history.effective_L, 1)[:, None]
+        error_LE: FloatArray = np.sqrt(variance_LE) * history.batch_tokens_L[:, None]
         return error_LE
 
     def state(self) -> dict[str, NDArray[Any]]:
@@ -139,11 +141,11 @@ class LoadWindow:
         settings = [self.horizon, self.change, self.sample_tokens, self.seed, self.num_changes]
         return {
             "settings": np.array(settings, dtype=np.float64),
-            "mean": self._mean_LE,
-            "scatter": self._scatter_LE,
-            "weight": self._weight_L,
-            "weight_squares": self._squares_L,
-            "batches": self._batches_L,
+            "mean": self._history.mean_LE,
+            "scatter": self._history.scatter_LE,
+            "weight": self._history.weight_L,
+            "weight_squares": self._history.squares_L,
+            "batches": self._history.batches_L,
             "rows": self._sample.rows_LMK,
             "rows_seen": np.array(self._sample.num_seen, dtype=np.int64),
         }
@@ -163,93 +165,28 @@ class LoadWindow:
             seed=int(settings[3]),
         )
         window.num_changes = int(settings[4])
-        window._mean_LE = mean_LE
-        window._scatter_LE = _array(state, "scatter", np.float64, (layers, experts))
-        window._weight_L = _array(state, "weight", np.float64, (layers,))
-        window._squares_L = _array(state, "weight_squares", np.float64, (layers,))
-        window._batches_L = _array(state, "batches", np.float64, (layers,))
+        history = window._history
+        history.mean_LE = mean_LE
+        history.scatter_LE = _array(state, "scatter", np.float64, (layers, experts))
+        history.weight_L = _array(state, "weight", np.float64, (layers,))
+        history.squares_L = _array(state, "weight_squares", np.float64, (layers,))
+        history.batches_L = _array(state, "batches", np.float64, (layers,))
         rows_LMK = _array(state, "rows", np.int16, (layers, None, None))
-        if rows_LMK.shape[1] > window.sample_tokens:
-            raise ValueError(
-                f"array 'rows' has {rows_LMK.shape[1]} tokens, more than {window.sample_tokens}"
-            )
         seen = int(_array(state, "rows_seen", np.int64, ()))
+        if min(seen, window.sample_tokens) != rows_LMK.shape[1]:
+            raise ValueError(
+                f"array 'rows' has {rows_LMK.shape[1]} tokens, expected those kept of "
+                f"'rows_seen' = {seen}, {window.sample_tokens} at most"
+            )
         window._sample.rows_LMK = window._checked_rows(rows_LMK)
-        window._sample.num_seen = max(seen, rows_LMK.shape[1])
+        window._sample.num_seen = seen
         return window
 
     def _forget(self) -> None:
-        shape = (self.num_layers, self.num_experts)
-        self._mean_LE, self._scatter_LE = np.zeros(shape), np.zeros(shape)
-        self._weight_L, self._squares_L = np.zeros(self.num_layers), np.zeros(self.num_layers)
-        self._batches_L = np.zeros(self.num_layers)
+        self._history = ShareHistory(self.num_layers, self.num_experts, self.horizon)
         self._sample = TokenSample(self.num_layers, self.sample_tokens, self.seed)
 
-    def _take(self, counts_LE: IntArray) -> None:
-        tokens_L = counts_LE.sum(axis=1).astype(np.float64)
-        keep = 1 - 1 / self.horizon
-        self._weight_L = keep * self._weight_L + tokens_L
-        self._squares_L = keep**2 * self._squares_L + tokens_L**2
-        self._batches_L = keep * self._batches_L + (tokens_L > 0)
-        off_LE = counts_LE / np.maximum(tokens_L, 1)[:, None] - self._mean_LE
-        off_LE[tokens_L == 0] = 0
-        part_L = tokens_L / np.maximum(self._weight_L, 1)
-        self._mean_LE = self._mean_LE + part_L[:, None] * off_LE
-        # off before times off after the mean moved
-        spread_LE = tokens_L[:, None] * off_LE**2 * (1 - part_L[:, None])
-        self._scatter_LE = keep * self._scatter_LE + spread_LE
-
-    def _effective_L(self) -> FloatArray:
-        """Kish's effective number of batches."""
-        effective_L: FloatArray = self._weight_L**2 / np.maximum(self._squares_L, 1e-300)
-        return effective_L
-
-    def _excess_LE(self) -> FloatArray:
-        """Variance of shares beyond that of drawing tokens: what the load itself does.
-
-        Few batches say little about one expert, much about all: of an expert's own variance and that
-        of an expert of its mean in a layer where all vary by the same factor, a weighted mean.
-        """
-        weight_L1 = np.maximum(self._weight_L, 1)[:, None]
-        degrees_L1 = np.maximum(self._effective_L() - 1, 0)[:, None]
-        unbiased_L1 = np.where(degrees_L1 > 0, 1 + 1 / np.maximum(degrees_L1, 1e-9), 0)
-        drawn_LE = self._mean_LE * self._batches_L[:, None] / weight_L1
-        own_LE = self._scatter_LE / weight_L1 * unbiased_L1 - drawn_LE
-        squares_L1 = (self._mean_LE**2).sum(axis=1, keepdims=True)
-        factor_L1 = own_LE.sum(axis=1, keepdims=True) / np.maximum(squares_L1, 1e-300)
-        common_LE = np.maximum(factor_L1, 0) * self._mean_LE**2
-        trust_L1 = degrees_L1 / (degrees_L1 + PRIOR_BATCHES)
-        excess_LE: FloatArray = np.maximum(trust_L1 * own_LE + (1 - trust_L1) * common_LE, 0) * (
-            degrees_L1 > 0
-        )
-        return excess_LE
-
-    def _variance_LE(self) -> FloatArray:
-        """Variance of the shares of a batch of mean size, drawing its tokens included."""
-        drawn_LE = self._mean_LE * (self._batches_L / np.maximum(self._weight_L, 1))[:, None]
-        return self._excess_LE() + drawn_LE
-
-    def _is_foreign(self, counts_LE: IntArray) -> bool:
-        """Whether this batch is farther from the mean than batches of the history were.
-
-        A chi-square distance, each expert's square divided by its share, summed over experts and
-        layers, against what it would be for one more batch of the same kind and this size.
-        """
-        effective_L = self._effective_L()
-        tokens_L = counts_LE.sum(axis=1)
-        known_L = (effective_L > 1.5) & (tokens_L > 0)
-        if not known_L.any():
-            return False
-        mean_LE, tokens_L1 = self._mean_LE[known_L], tokens_L[known_L, None]
-        off_LE = counts_LE[known_L] / tokens_L1 - mean_LE
-        batch_LE = self._excess_LE()[known_L] + mean_LE / tokens_L1
-        expected_LE = batch_LE + self._variance_LE()[known_L] / effective_L[known_L, None]
-        # An expert that never came would make any first token of it an infinite surprise.
-        share_LE = mean_LE + 1 / (self._weight_L[known_L, None] + tokens_L1)
-        distance = float((off_LE**2 / share_LE).sum())
-        return distance > self.change * float((expected_LE / share_LE).sum())
-
-    def _checked_counts(self, counts_LE: NDArray[Any]) -> IntArray:
+    def _checked_counts(self, counts_LE: NDArray[Any]) -> FloatArray:
         shape = (self.num_layers, self.num_experts)
         if counts_LE.shape != shape:
             raise ValueError(
@@ -258,9 +195,9 @@ class LoadWindow:
             )
         if counts_LE.dtype.kind not in "iuf" or not (counts_LE >= 0).all():
             raise ValueError("counts must be numbers >= 0")
-        if counts_LE.max() > 2**53:
-            raise ValueError(f"counts must be at most 2**53, got {counts_LE.max()}")
-        return counts_LE.astype(np.int64)
+        if counts_LE.max() > LARGEST:
+            raise ValueError(f"counts must be at most {LARGEST:.0e}, got {counts_LE.max()}")
+        return counts_LE.astype(np.float64)
 
     def _checked_rows(self, rows_LMK: NDArray[Any]) -> RowArray:
         if rows_LMK.ndim != 3 or rows_LMK.shape[0] != self.num_layers:
@@ -278,7 +215,7 @@ class LoadWindow:
 def _array(
     state: Mapping[str, NDArray[Any]], name: str, dtype: type, shape: tuple[int | None, ...]
 ) -> NDArray[Any]:
-    """state[name] of that type and shape (None: any length), finite and >= 0 where it is float."""
+    """state[name] of that type and shape (None: any length), in range where it is float."""
     if name not in state:
         raise ValueError(f"array '{name}' is missing")
     array = state[name]
@@ -291,6 +228,6 @@ def _array(
             f"array '{name}' is {array.dtype} {list(array.shape)}, expected "
             f"{np.dtype(dtype)} {sizes}"
         )
-    if array.dtype.kind == "f" and not (np.isfinite(array) & (array >= 0)).all():
-        raise ValueError(f"array '{name}' has entries that are negative or not finite")
+    if array.dtype.kind == "f" and not ((array >= 0) & (array <= LARGEST**2)).all():
+        raise ValueError(f"array '{name}' has entries outside [0, {LARGEST**2:.0e}]")
     return array

@@ -54,10 +54,13 @@ def test_the_rule_can_fail() -> None:
 
 
 def test_no_unsafe_deserialisation() -> None:
+    """torch.load only where it says, in the call, that it reads tensors and plain containers."""
     calls = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in source_files()
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "torch.load"
+        and "weights_only=True" not in map(ast.unparse, node.keywords)
     ]
     assert calls == []
