@@ -34,6 +34,7 @@ Overrides = Annotated[
 
 
 TestbedName = Annotated[str, typer.Option("--name", help="Which testbed, if you have several.")]
+Endpoint = Annotated[str, typer.Option(help="Where the cluster answers.")]
 
 
 @app.command()
@@ -78,6 +79,70 @@ def generate(
             top_p=top_p,
             seed=seed,
             stop=stop or [],
+        )
+    )
+
+
+@app.command()
+def top(
+    endpoint: Endpoint = "127.0.0.1:50051",
+    interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
+) -> None:
+    """Watch a running cluster: load of ranks by layer, links, rebalances, requests.
+
+    Fits the terminal. Where output is no terminal it prints one frame, of COLUMNS x LINES.
+    """
+    from deploy.top import top_command
+
+    raise typer.Exit(top_command(endpoint, interval, once=once))
+
+
+@app.command()
+def placement(
+    endpoint: Endpoint = "127.0.0.1:50051",
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Only this layer of the model, in full.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Show which rank of a running cluster holds which experts."""
+    from deploy.placement import placement_command
+
+    raise typer.Exit(placement_command(endpoint, layer, json_file))
+
+
+@app.command()
+def rebalance(
+    endpoint: Endpoint = "127.0.0.1:50051",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what it would bring.")
+    ] = False,
+    target: Annotated[
+        float | None, typer.Option(help="Imbalance to reach. [default: the server's]")
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Plan without regard to what is where.")
+    ] = False,
+    admin_token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The server's admin token, if it has one.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Move experts of a running cluster so that its ranks have equal load, and watch it happen.
+
+    Requests go on meanwhile. Ctrl-C ends the watching, not the moving.
+    """
+    from deploy.rebalance import rebalance_command
+
+    raise typer.Exit(
+        rebalance_command(
+            endpoint,
+            dry_run=dry_run,
+            target=target,
+            from_scratch=from_scratch,
+            token_file=admin_token_file,
+            json_file=json_file,
         )
     )
 

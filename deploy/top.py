@@ -1,0 +1,87 @@
+"""`expertmesh top`: what a running cluster is doing, live.
+
+Exit codes: 0 when the view was left (q, Ctrl-C or SIGTERM: leaving is how a viewer ends) or
+printed once; 130 on Ctrl-C before anything could be shown; 2 when no server answers at first, so
+that a wrong endpoint is told at once. A server that goes away later is waited for.
+"""
+
+import signal
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from cluster.server.client import ClientError
+from deploy.control_calls import ControlCalls, report
+from deploy.keys import pressed_keys
+from deploy.top_frame import Frame, Snapshot
+
+_TIMEOUT_S = 3.0  # of a call; longer than any pause of a server that is well
+
+
+def top_command(endpoint: str, interval_s: float, *, once: bool) -> int:
+    """Show the cluster until the user leaves; only once where output is no live terminal."""
+    console = Console()
+    with ControlCalls(endpoint, timeout_s=_TIMEOUT_S) as calls:
+        try:
+            snapshot = take_snapshot(calls)
+        except ClientError as error:
+            return report(endpoint, error)
+        if once or not console.is_terminal or console.is_dumb_terminal:
+            console.print(Frame(snapshot, Text(time.strftime("%H:%M:%S"), "dim")))
+            return 0
+        view = LiveView(calls, snapshot, interval_s)
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            view.show(console)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    # The live view used the alternate screen; its last frame is worth keeping.
+    console.print(view.frame)
+    return 0
+
+
+def take_snapshot(calls: ControlCalls) -> Snapshot:
+    """Raises ClientError where any of the calls fails."""
+    return Snapshot(calls.endpoint, calls.server_info(), calls.balance(), calls.loads())
+
+
+class LiveView:
+    """Polls a server and keeps the latest frame; says so while the server is lost."""
+
+    def __init__(self, calls: ControlCalls, snapshot: Snapshot, interval_s: float) -> None:
+        self._calls = calls
+        self._interval_s = interval_s
+        self._snapshot = snapshot
+        self._taken = time.monotonic()
+        self._status = self._well()
+
+    @property
+    def frame(self) -> Frame:
+        return Frame(self._snapshot, self._status)
+
+    def show(self, console: Console) -> None:
+        """Until q or Ctrl-C; follows the size of the terminal."""
+        with pressed_keys() as key, Live(self.frame, console=console, screen=True) as live:
+            try:
+                while key(self._interval_s) not in ("q", "Q"):
+                    self.poll()
+                    live.update(self.frame, refresh=True)
+            except KeyboardInterrupt:
+                return
+
+    def poll(self) -> None:
+        """Ask once; what was seen last stays when there is no answer."""
+        try:
+            self._snapshot = take_snapshot(self._calls)
+        except ClientError as error:
+            age_s = time.monotonic() - self._taken
+            self._status = Text(f"lost {age_s:.0f} s ago, retrying: {error}", "bold reverse red")
+            return
+        self._taken = time.monotonic()
+        self._status = self._well()
+
+    def _well(self) -> Text:
+        now = time.strftime("%H:%M:%S")
+        return Text(f"{now}  every {self._interval_s:g} s; q or Ctrl-C leaves", "dim")
