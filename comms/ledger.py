@@ -189,15 +189,19 @@ class TrafficLedger:
 
     def _totals(self) -> dict[tuple[str, int, int], Flow]:
         totals: dict[tuple[str, int, int], Flow] = {}
-        for (_, stage, source, destination), flow in self._layers.items():
+        for (_, stage, source, destination), flow in self._booked():
             totals.setdefault((stage, source, destination), Flow()).add(flow)
         return totals
+
+    def _booked(self) -> list[tuple[Key, Flow]]:
+        """A copy, made at once: who watches from another thread must not meet a growing dict."""
+        return list(self._layers.items())
 
     def _bytes(self, stage: str | None, *, same_node: bool) -> int:
         node_of = self.topology.node_of
         return sum(
             flow.num_bytes
-            for (_, key_stage, source, destination), flow in self._layers.items()
+            for (_, key_stage, source, destination), flow in self._booked()
             if (stage is None or stage == key_stage)
             and (node_of(source) == node_of(destination)) == same_node
         )
