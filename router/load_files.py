@@ -112,7 +112,7 @@ def _check_routing(arrays: Mapping[str, NDArray[Any]], name: str) -> None:
                 f"{name}: array '{key}' is {array.dtype} {list(array.shape)}, expected integer "
                 "expert ids [tokens, layers, k]"
             )
-        if int(array.max()) >= MAX_EXPERTS or int(array.min()) < -1:
+        if not (-1 <= int(array.min()) and 0 <= int(array.max()) < MAX_EXPERTS):
             raise LoadFileError(
                 f"{name}: array '{key}' has ids {array.min()} to {array.max()}, expected expert ids "
                 f"from 0 (-1: none) to {MAX_EXPERTS - 1}"
@@ -132,7 +132,7 @@ def _routing_window(
     experts = num_experts if num_experts is not None else highest + 1
     if not highest < experts:
         raise LoadFileError(f"{name}: expert id {highest} is not below num_experts({experts})")
-    window = LoadWindow(next(iter(arrays.values())).shape[1], max(experts, 1))
+    window = LoadWindow(next(iter(arrays.values())).shape[1], experts)
     for array in arrays.values():
         for start in range(0, len(array), batch_tokens):
             ids_TLK = array[start : start + batch_tokens]
