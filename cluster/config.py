@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from comms.dispatcher import CombineMode, WireDtype
 from comms.topology import Topology
+from experts.slot_choice import SplitMode
 
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -98,6 +99,10 @@ class ExpertsConfig(Section):
     """Physical copies of experts."""
 
     num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 16)] = 0
+    split: SplitMode = "auto"
+    """How tokens divide over an expert's copies. static: by the rank they come from. balanced: so
+    that ranks end up as even as each batch allows. auto: balanced where it pays, in steps large
+    enough and unless comms.combine is node."""
 
 
 class EplbConfig(Section):
@@ -211,6 +216,16 @@ class ServeConfig(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerConfig = ServerConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _sums_do_not_depend_on_copies_that_the_batch_chooses(self) -> Self:
+        if self.experts.split == "balanced" and self.comms.combine == "node":
+            raise ValueError(
+                "experts.split = 'balanced' with comms.combine = 'node': the batch would decide "
+                "where sums are rounded, so a request's tokens would depend on its company; set "
+                "comms.combine to 'fixed' or 'exact', or experts.split to 'auto' or 'static'"
+            )
+        return self
 
     @property
     def model_name(self) -> str:
@@ -344,7 +359,7 @@ def _describe(config: type[Section], error: Any) -> str:
     if error["type"] == "missing":
         return f"{'.'.join(path)}: this option is required"
     if error["type"] == "value_error":
-        return f"{'.'.join(path)}: {reason}"
+        return f"{'.'.join(path)}: {reason}" if path else str(reason)
     field = next((section.model_fields[p] for p in path if p in section.model_fields), None)
     name = ".".join(p for p in path if p.isidentifier() and p not in ("int", "float", "str"))
     if error["type"] == "literal_error":

@@ -3,7 +3,6 @@
 from typing import Any
 
 from comms.base import BaseDispatcher
-from comms.dispatcher import TokenDispatcher
 from comms.flat import FlatDispatcher
 from comms.groups import ParallelGroups
 from comms.hierarchical import HierarchicalDispatcher
@@ -16,7 +15,7 @@ DISPATCHERS: dict[str, type[BaseDispatcher]] = {
 }
 
 
-def make_dispatcher(name: str, groups: ParallelGroups, **options: Any) -> TokenDispatcher:
+def make_dispatcher(name: str, groups: ParallelGroups, **options: Any) -> BaseDispatcher:
     """Options as in `BaseDispatcher`. Raises ValueError naming the dispatchers there are."""
     if name not in DISPATCHERS:
         raise ValueError(f"all2all_backend must be one of {sorted(DISPATCHERS)}, got {name!r}")

@@ -22,6 +22,7 @@ from comms.dispatcher import Received, TokenDispatcher
 from experts.gains import token_ranges
 from experts.grouped import run_experts
 from experts.linear import stable_linear
+from experts.slot_choice import SlotChoice, StaticChoice
 from experts.weights import ExpertSlots
 from router.gate import Gate
 from router.placement import LayerPlacement
@@ -47,9 +48,13 @@ def finish(steps: Generator[None, None, Tensor]) -> Tensor:
 class MoELayer:
     """The layer as seen by one rank. Collective: every rank calls forward, also with no tokens.
 
-    `rank` is this rank in the world. `tokens_per_slot_S` counts (token, expert) pairs computed
-    since the start. Set `gains_E`, the gains of all experts, for a dispatcher that combines "fixed".
-    Raises ValueError if the slots are not as many as the placement gives a rank.
+    `choice` says which copy a token goes to; None: the one that suits source `rank`. Set `gains_E`,
+    the gains of all experts, for a dispatcher that combines "fixed". `layer_placement` may be
+    replaced between steps. Raises ValueError if the slots are not as many as it gives a rank.
+
+    Since the start, `routed_E` counts the gate's choices for this rank's own tokens, by logical
+    expert, and `tokens_per_slot_S` the (token, expert) pairs computed here; `recent_TK` are the
+    choices of the latest batch.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class MoELayer:
         dispatcher: TokenDispatcher,
         layer_placement: LayerPlacement,
         rank: int,
+        choice: SlotChoice | None = None,
         shared_expert: Callable[[Tensor], Tensor] | None = None,
         phase: Phase = untimed,
     ) -> None:
@@ -69,9 +75,12 @@ class MoELayer:
             )
         self.gate, self.slots, self.dispatcher = gate, slots, dispatcher
         self.layer_placement, self.rank = layer_placement, rank
+        self.choice = choice or StaticChoice(rank)
         self.shared_expert, self.phase = shared_expert, phase
         self.gains_E: Tensor | None = None
         self.tokens_per_slot_S = torch.zeros(slots.num_slots, dtype=torch.int64)
+        self.routed_E = torch.zeros(layer_placement.num_experts, dtype=torch.int64)
+        self.recent_TK = torch.empty(0, 1, dtype=torch.int64)
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """out_TH in x's dtype: weighted routed experts plus the shared expert. T may be 0."""
@@ -81,11 +90,14 @@ class MoELayer:
         """forward, which yields twice: with the tokens, and with the outputs in flight."""
         with self.phase("gate"):
             ids_TK, weights_TK = self.gate(x_TH, stable_linear)
-            slots_TK = self.layer_placement.choose_slots(ids_TK, self.rank)
+            counts_E = _count(ids_TK, len(self.routed_E))
+            self.routed_E += counts_E
+            self.recent_TK = ids_TK
             range_T = None
             if self.gains_E is not None:
                 range_T = token_ranges(ids_TK, weights_TK, self.gains_E)
         with self.phase("dispatch"):
+            slots_TK = self.choice.choose(ids_TK, counts_E, self.layer_placement)
             pending = self.dispatcher.start_dispatch(x_TH, slots_TK, weights_TK, range_T)
         yield
         outputs = list(self._outputs(iter(pending)))
@@ -106,11 +118,10 @@ class MoELayer:
             if part is None:
                 return
             with self.phase("experts"):
-                self._count(part.local_slots_RK)
+                self.tokens_per_slot_S += _count(part.local_slots_RK, self.slots.num_slots)
                 yield run_experts(part.x_RH, part.local_slots_RK, self.slots)
 
-    def _count(self, local_slots_RK: Tensor) -> None:
-        empty_first = torch.bincount(
-            local_slots_RK.flatten() + 1, minlength=len(self.tokens_per_slot_S) + 1
-        )
-        self.tokens_per_slot_S += empty_first[1:]
+
+def _count(ids: Tensor, size: int) -> Tensor:
+    """[size]: how often each id is there; -1 is not counted."""
+    return torch.bincount(ids.flatten() + 1, minlength=size + 1)[1:]

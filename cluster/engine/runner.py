@@ -49,7 +49,14 @@ class Runner:
         )
         timer = StepTimer()
         model = Transformer.load(
-            config.model, model_config, groups, placement, dtype, config.comms, timer.phase
+            config.model,
+            model_config,
+            groups,
+            placement,
+            dtype,
+            config.comms,
+            timer.phase,
+            config.experts.split,
         )
         num_blocks = num_cache_blocks(config, model_config, groups)
         cache = KVCache(model_config, groups.topology, num_blocks, config.cache.block_size, dtype)

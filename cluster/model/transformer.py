@@ -28,6 +28,7 @@ from cluster.model.norm import RmsNorm
 from cluster.model.paged import AttentionPlan
 from cluster.model.rope import RotaryTable
 from cluster.model.shards import TokenRows, shard, shard_sizes
+from comms.counts import CountExchange
 from comms.dispatcher import CombineMode, TokenDispatcher, WireDtype
 from comms.group import Group
 from comms.groups import ParallelGroups
@@ -35,6 +36,7 @@ from comms.make import make_dispatcher
 from comms.where import Where
 from experts.linear import stable_linear
 from experts.moe import MoELayer, Phase, untimed
+from experts.slot_choice import BalancedChoice, SplitMode, StaticChoice, count_exchange
 from router.placement import Placement
 
 
@@ -63,6 +65,7 @@ class Transformer:
     head: Tensor
     rotary: RotaryTable
     dispatcher: TokenDispatcher
+    counts: CountExchange | None
     where: Where
     phase: Phase
 
@@ -75,8 +78,11 @@ class Transformer:
         dtype: torch.dtype,
         comms: CommsOptions,
         phase: Phase = untimed,
+        split: SplitMode = "auto",
     ) -> Transformer:
         """Read this rank's share of a checkpoint directory. Collective with combine "fixed" only.
+
+        `split`: how tokens choose among the copies of an expert.
 
         `placement` has one layer for each of `config.moe_layers`. Raises CheckpointError naming
         file and tensor, and ValueError for a layout that the model does not divide into.
@@ -97,7 +103,8 @@ class Transformer:
             combine=comms.combine,
             combine_dtype=comms.combine_dtype,
         )
-        model = build(loader, groups, placement, dispatcher, phase)
+        counts = count_exchange(split, dispatcher)
+        model = build(loader, groups, placement, dispatcher, counts, phase)
         if comms.combine == "fixed":
             share_gains(model.layers, placement, groups.world)
         return model
@@ -109,11 +116,14 @@ class Transformer:
         """Logits [L, V] in fp32 of the batch's `logit_rows` on TP rank 0, None on the others.
 
         Collective: over the world for the experts, over the replica for the rest. `max_tokens`, the
-        most that any replica has, decides what is overlapped; None: nothing. Writes the tokens' keys
+        most that any replica has, decides what is overlapped and whether the batch is evened out
+        over copies of experts; None: nothing. Writes the tokens' keys
         and values to `kv`. Raises ValueError for token ids outside the vocabulary.
         """
         of_rank = None if max_tokens is None else -(-max_tokens // self.tp.size)
         batches = batch.split(self.dispatcher.expect(of_rank))
+        if self.counts is not None:
+            self.counts.expect(None if of_rank is None else of_rank // len(batches))
         hidden = interleave([self._layers(part, kv) for part in batches], self.where)
         with self.phase("logits"):
             logits = [self._logits(x, b) for x, b in zip(hidden, batches, strict=True)]
@@ -185,9 +195,10 @@ def build(
     groups: ParallelGroups,
     placement: Placement,
     dispatcher: TokenDispatcher,
+    counts: CountExchange | None = None,
     phase: Phase = untimed,
 ) -> Transformer:
-    """Assemble this rank's modules; all expert layers share one dispatcher."""
+    """Assemble this rank's modules; all expert layers share one dispatcher, and `counts`."""
     config = loader.config
     if placement.num_layers != config.num_moe_layers:
         raise ValueError(
@@ -196,7 +207,7 @@ def build(
         )
     embedding = loader.embedding()
     layers = tuple(
-        _layer(idx, loader, groups, placement, dispatcher, phase)
+        _layer(idx, loader, groups, placement, dispatcher, counts, phase)
         for idx in range(config.num_layers)
     )
     return Transformer(
@@ -208,6 +219,7 @@ def build(
         head=loader.head(embedding),
         rotary=RotaryTable(config.rope, config.max_position_embeddings),
         dispatcher=dispatcher,
+        counts=counts,
         where=groups.where,
         phase=phase,
     )
@@ -219,19 +231,22 @@ def _layer(
     groups: ParallelGroups,
     placement: Placement,
     dispatcher: TokenDispatcher,
+    counts: CountExchange | None,
     phase: Phase,
 ) -> DecoderLayer:
     mlp: MoELayer | DenseLayer
     if idx in loader.config.moe_layers:
         moe_idx = loader.config.moe_layers.index(idx)
+        # A static choice must not depend on which of the replica's ranks happens to own a token in
+        # this batch, so all of them choose as their leader does.
+        leader = groups.tp.ranks[0]
         mlp = MoELayer(
             gate=loader.gate(idx),
             slots=loader.experts(moe_idx, placement),
             dispatcher=dispatcher,
             layer_placement=placement.layer(moe_idx),
-            # The choice among an expert's copies must not depend on which of the replica's ranks
-            # happens to own a token in this batch, so all of them choose as their leader does.
-            rank=groups.tp.ranks[0],
+            rank=leader,
+            choice=BalancedChoice(counts, StaticChoice(leader)) if counts else None,
             shared_expert=loader.shared_expert(idx),
             phase=phase,
         )

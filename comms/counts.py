@@ -1,0 +1,64 @@
+"""How many tokens every rank has for each expert, known to all: one small exchange per layer.
+
+Inside the node ranks tell each other their counts, and along the rails nodes their sums. That is what
+a division of the whole batch needs: who is before me in my node, and what each node has.
+
+N nodes, M ranks of my node, E experts (or whatever is counted).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from comms.base import BaseDispatcher, Booked
+from comms.group import Group
+
+Counts = NDArray[np.int64]
+
+# Of a rank with the most. Below it, an exchange of counts takes longer than ranks wait for the one
+# with the most work; see `expertmesh bench balance`.
+_LEAST_TOKENS = 64
+
+
+class BatchCounts(NamedTuple):
+    """ranks_ME: of each rank of my node; nodes_NE: sums of each node. The same for all it concerns."""
+
+    ranks_ME: Counts
+    nodes_NE: Counts
+
+
+class CountExchange:
+    """Of one rank, shared by all layers; booked with its dispatcher as stages "counts/...".
+
+    Collective over the world, in the order of dispatches: where one is in flight, the exchange
+    waits for its bytes. `pays`: whether this step is large enough to be worth it, the same on every
+    rank; `always` means every step is.
+    """
+
+    def __init__(self, dispatcher: BaseDispatcher, *, always: bool = False) -> None:
+        self._dispatcher = dispatcher
+        self.groups = dispatcher.groups
+        self._always = always
+        self.pays = always
+
+    def expect(self, max_tokens: int | None) -> None:
+        """No rank has more tokens in the coming step (None: unknown), as for the dispatcher."""
+        self.pays = self._always or (max_tokens is not None and max_tokens >= _LEAST_TOKENS)
+
+    def __call__(self, counts_E: Counts) -> BatchCounts:
+        """Raises ValueError for counts that are not one per expert, below 2**31."""
+        if counts_E.ndim != 1 or counts_E.max(initial=0) >= 1 << 31 or counts_E.min(initial=0) < 0:
+            raise ValueError(f"counts must be [E], in [0, 2**31), got shape {counts_E.shape}")
+        ranks_ME = self._gather("counts/node", self.groups.node, counts_E)
+        nodes_NE = self._gather("counts/rail", self.groups.rail, ranks_ME.sum(axis=0))
+        return BatchCounts(ranks_ME, nodes_NE)
+
+    def _gather(self, stage: str, group: Group, counts_E: Counts) -> Counts:
+        if group.size == 1:
+            return counts_E[None]
+        mine = torch.from_numpy(counts_E.astype(np.int32)).view(torch.uint8)
+        parts = Booked(self._dispatcher, stage, group, [[mine] * group.size]).wait()
+        rows = [part.numpy().view(np.int32) for part in parts]
+        return np.stack(rows).astype(np.int64)
