@@ -112,7 +112,7 @@ def _check_routing(arrays: Mapping[str, NDArray[Any]], name: str) -> None:
                 f"{name}: array '{key}' is {array.dtype} {list(array.shape)}, expected integer "
                 "expert ids [tokens, layers, k]"
             )
-        if not (-1 <= int(array.min()) and 0 <= int(array.max()) < MAX_EXPERTS):
+        if not (int(array.min()) >= -1 and 0 <= int(array.max()) < MAX_EXPERTS):
             raise LoadFileError(
                 f"{name}: array '{key}' has ids {array.min()} to {array.max()}, expected expert ids "
                 f"from 0 (-1: none) to {MAX_EXPERTS - 1}"

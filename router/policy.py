@@ -22,6 +22,7 @@ MIN_BATCHES = 1.5
 """One batch shows no variance: nobody knows what of it was chance."""
 TOKENS = 1 << 30
 """Mean loads are scaled to so many tokens per layer, so that rounding to integers is nothing."""
+_TINY = 1e-300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +101,12 @@ class Policy:
         if window.num_batches < MIN_BATCHES:
             return _no(f"{window.num_batches:.0f} batches recorded, 2 are needed", layers)
         load = window.estimate()
+        shares_LE = load.mean_LE / np.maximum(load.mean_LE.sum(axis=1, keepdims=True), _TINY)
+        tokens_LE = np.rint(shares_LE * TOKENS).astype(np.int64)
         imbalance_L = np.array(
             [
-                LayerSplit(placement.layer(layer), self.options.rank_speeds).imbalance(
-                    np.rint(mean_E * (TOKENS / max(mean_E.sum(), 1e-300))).astype(np.int64)
-                )
-                for layer, mean_E in enumerate(load.mean_LE)
+                LayerSplit(placement.layer(layer), self.options.rank_speeds).imbalance(tokens_E)
+                for layer, tokens_E in enumerate(tokens_LE)
             ]
         )
         noise_L = _noise(load.mean_LE, window.error_LE(), placement.num_ranks)
@@ -179,7 +180,7 @@ def _noise(
     sqrt(2 ln n) standard deviations (Cramer, Mathematical Methods of Statistics, 28.6).
     """
     rank_error_L = np.sqrt((error_LE**2).sum(axis=1) / num_ranks)
-    rank_mean_L = np.maximum(mean_LE.sum(axis=1) / num_ranks, 1e-300)
+    rank_mean_L = np.maximum(mean_LE.sum(axis=1) / num_ranks, _TINY)
     noise_L: NDArray[np.float64] = (
         math.sqrt(2 * math.log(max(mean_LE.shape[0] * num_ranks, 2))) * rank_error_L / rank_mean_L
     )
