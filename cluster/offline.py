@@ -2,10 +2,11 @@
 
 Each function is what *every rank* calls with its own groups, for instance through
 `comms.launch.RankPool`; the rank that holds the answer returns it. The engine, the scheduler and
-the model are the served ones; only the mailbox differs.
+the model are the served ones; only the mailbox, and who decides on placements, differ.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from cluster.engine.plan import PlanItem, StepPlan, block_table
 from cluster.engine.runner import Runner
 from cluster.engine.sampling_params import SamplingParams
 from cluster.model.batch import ForwardBatch
+from cluster.scripted import Change, Script
 from comms.groups import ParallelGroups
 
 
@@ -37,20 +39,34 @@ def add_frame(request_id: str, token_ids: Sequence[int], params: SamplingParams)
 
 
 def generate(
-    groups: ParallelGroups, config: ServeConfig, requests: Sequence[Frame]
+    groups: ParallelGroups,
+    config: ServeConfig,
+    requests: Sequence[Frame],
+    changes: Sequence[Change] = (),
+    store_address: str = "",
 ) -> dict[str, list[int]]:
     """Serve the requests, dealt out in turn to the DP replicas, until all have ended.
 
-    Returns token ids by request id, of this leader's own requests; nothing on followers. Raises
-    OfflineError when a request ends with an error.
+    `changes` of the placement are made meanwhile, one after the other; ranks agree on them through
+    the store at that address. Returns token ids by request id, of this leader's own requests;
+    nothing on followers. Raises OfflineError when a request ends with an error, or before all
+    changes are in force.
     """
     topology = groups.topology
     mine = requests[topology.replica_of(groups.rank) :: topology.num_replicas]
     is_leader = topology.tp_rank_of(groups.rank) == 0
     mailbox = LocalMailbox(mine) if is_leader else None
     engine = build_engine(config, groups, mailbox)
-    while engine.step():
-        pass
+    with (
+        closing(engine.runner),
+        Script(changes, engine.runner, mailbox, groups, store_address) as script,
+    ):
+        while engine.step():
+            pass
+        if engine.runner.epoch != len(changes):
+            raise OfflineError(
+                f"{engine.runner.epoch} of {len(changes)} changes are in force: {script.failure}"
+            )
     if mailbox is None:
         return {}
     tokens: dict[str, list[int]] = {frame["request_id"]: [] for frame in mine}
@@ -69,9 +85,9 @@ def prefill_logits(
 
     Each prompt is one prefill step of its own, the same on every replica.
     """
-    runner = Runner.load(config, groups)
-    batches = [_whole_prompt(prompt, runner.cache.block_size) for prompt in prompts]
-    logits = [runner.model.forward(batch, runner.cache) for batch in batches]
+    with closing(Runner.load(config, groups)) as runner:
+        batches = [_whole_prompt(prompt, runner.cache.block_size) for prompt in prompts]
+        logits = [runner.model.forward(batch, runner.cache) for batch in batches]
     return [rows for rows in logits if rows is not None]
 
 

@@ -42,6 +42,7 @@ class ParallelGroups:
     leaders: the leader of every replica; None on other ranks. where: the step and layer that this
     rank is in, for the errors of all groups; whoever runs the model writes it. links: how fast the
     rails are, the same on all ranks; None where that was not measured or there is one node.
+    host: our address for peers.
     """
 
     topology: Topology
@@ -54,6 +55,7 @@ class ParallelGroups:
     leaders: Group | None
     where: Where = field(default_factory=Where)
     links: LinkSpeed | None = None
+    host: str = "127.0.0.1"
 
     @classmethod
     def connect(
@@ -116,7 +118,7 @@ class ParallelGroups:
 
         groups = cls._build(topology, rank, epoch, group, where)
         links = measure_links(groups.rail, groups.world) if with_links else None
-        return replace(groups, links=links)
+        return replace(groups, links=links, host=host)
 
     @classmethod
     def _build(

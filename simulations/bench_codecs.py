@@ -154,6 +154,7 @@ def _capture(
     for prompt in prompts:
         blocks = block_table(range(-(-len(prompt) // runner.cache.block_size)))
         runner.execute(StepPlan((PlanItem(0, tuple(prompt), 0, blocks, wants_logits=False),)))
+    runner.close()
     return [
         _outputs(layer.mlp, layer.mlp_norm.weight, torch.cat(recorder.inputs))
         for layer, recorder in zip(layers, recorders, strict=True)

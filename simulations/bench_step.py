@@ -110,6 +110,7 @@ def _decode(
         with trace.span("step", f"step {number}"):
             engine.step()
     step_s = (perf_counter() - start) / steps
+    engine.runner.close()
     seconds = {phase: timer.seconds.get(phase, 0.0) / steps for phase in PHASES}
     seconds["other"] = step_s - sum(seconds.values())
     report = {

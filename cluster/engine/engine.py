@@ -5,11 +5,13 @@
 
 The experts join all replicas, so every replica takes part in every step: leaders first agree, in
 one small all-gather, on whether there is work (an idle replica runs with zero tokens), on the
-placement epoch, and on stopping. When nobody has work everybody sleeps until a mailbox wakes or a
-heartbeat is due. A frame goes to the gateway at least once per heartbeat, events or not: it judges
+placement epoch, and on stopping. A new placement, which all ranks have prepared, comes in force once
+every leader was told so: in the same step on all ranks, before they execute. When nobody has work
+everybody sleeps until a mailbox wakes or a heartbeat is due. A frame goes to the gateway at least once per heartbeat, events or not: it judges
 a replica's health by its silence.
 """
 
+import logging
 from dataclasses import dataclass
 from time import monotonic
 
@@ -27,6 +29,8 @@ from comms.groups import ParallelGroups
 
 HEARTBEAT_S = 1.0
 
+logger = logging.getLogger(__name__)
+
 
 class LockStepError(RuntimeError):
     """Replicas disagree on the placement epoch: they would send tokens to the wrong slots."""
@@ -38,6 +42,8 @@ class Verdict:
 
     max_tokens: int
     """Of any replica in this step. 0: nobody has work."""
+    epoch: int
+    """Of the placement that is in force from this step on."""
     stop: bool
 
     @property
@@ -57,6 +63,7 @@ class Leader:
         self._mailbox = mailbox
         self._replica = groups.topology.replica_of(groups.rank)
         self._idle = False
+        self._committed = runner.epoch
         self._stop_requested = False
         self._last_sent = 0.0
 
@@ -68,13 +75,15 @@ class Leader:
             plan = self.scheduler.schedule()
         with timer.phase("broadcast"):
             verdict = self._agree(plan.num_tokens)
-            header = msgpack.packb([verdict.max_tokens, verdict.stop, plan.encode()])
-            self._groups.tp.broadcast_bytes(header, 0)
+            header = [verdict.max_tokens, verdict.epoch, verdict.stop, plan.encode()]
+            self._groups.tp.broadcast_bytes(msgpack.packb(header), 0)
+        flips = verdict.epoch != self.runner.epoch
+        self.runner.flip(verdict.epoch)
         if verdict.run:
             logits = self.runner.execute(plan, verdict.max_tokens)
             with timer.phase("sample"):
                 events += self._sample(plan, logits)
-        if events or monotonic() - self._last_sent >= HEARTBEAT_S:
+        if events or flips or monotonic() - self._last_sent >= HEARTBEAT_S:
             self._mailbox.send(self._frame(events))
             self._last_sent = monotonic()
         self._idle = not verdict.run
@@ -83,13 +92,16 @@ class Leader:
     def _read_mail(self) -> list[TokenEvent]:
         """Take in requests; returns the events of those that could not even be queued."""
         events: list[TokenEvent] = []
-        wait_s = HEARTBEAT_S if self._idle and not self.scheduler.has_work else 0.0
+        sleeps = self._idle and not self.scheduler.has_work and self._committed == self.runner.epoch
+        wait_s = HEARTBEAT_S if sleeps else 0.0
         for frame in self._mailbox.receive(wait_s):
             match frame["type"]:
                 case "add":
                     events += self._add(frame)
                 case "abort":
                     self.scheduler.abort(str(frame.get("request_id")))
+                case "placement":
+                    self._commit(frame.get("epoch"))
                 case "stop":
                     self._stop_requested = True
         return events
@@ -103,16 +115,31 @@ class Leader:
             return [TokenEvent(request_id, finish_reason="error", error=str(error))]
         return []
 
+    def _commit(self, epoch: object) -> None:
+        """All ranks are said to have prepared this epoch; it may be said more than once."""
+        if not isinstance(epoch, int) or (
+            epoch > self._committed and not self.runner.commit(epoch)
+        ):
+            logger.warning(
+                "epoch %r is not prepared here: epoch %d stays in force", epoch, self.runner.epoch
+            )
+        else:
+            self._committed = max(self._committed, epoch)
+
     def _agree(self, num_tokens: int) -> Verdict:
-        """The lock-step vector: [tokens in my step, placement epoch, stop]."""
+        """The lock-step vector: [tokens in my step, epoch in force, committed epoch, stop]."""
         leaders = self._groups.leaders
         assert leaders is not None, "only leaders agree"
-        mine = torch.tensor([[num_tokens, self.runner.epoch, self._stop_requested]])
-        votes = leaders.all_gather(mine, [1] * leaders.size)
+        vote = [num_tokens, self.runner.epoch, self._committed, self._stop_requested]
+        votes = leaders.all_gather(torch.tensor([vote]), [1] * leaders.size)
         epochs = votes[:, 1].unique().tolist()
         if len(epochs) > 1:
             raise LockStepError(f"replicas stand at different placement epochs: {epochs}")
-        return Verdict(max_tokens=int(votes[:, 0].max()), stop=bool(votes[:, 2].all()))
+        return Verdict(
+            max_tokens=int(votes[:, 0].max()),
+            epoch=int(votes[:, 2].min()),
+            stop=bool(votes[:, 3].all()),
+        )
 
     def _sample(self, plan: StepPlan, logits: torch.Tensor | None) -> list[TokenEvent]:
         assert logits is not None, "TP rank 0 holds the logits"
@@ -122,7 +149,8 @@ class Leader:
         return self.scheduler.update(plan, tokens)
 
     def _frame(self, events: list[TokenEvent]) -> Frame:
-        stats = {**self.scheduler.stats(), "step": self.runner.num_steps}
+        runner = self.runner
+        stats = {**self.scheduler.stats(), "step": runner.num_steps, "epoch": runner.epoch}
         return {"type": "step", "replica": self._replica, "events": events, "stats": stats}
 
 
@@ -136,7 +164,9 @@ class Follower:
     def step(self) -> bool:
         """One step as the leader broadcast it; False once told to stop."""
         with self.runner.timer.phase("broadcast"):
-            max_tokens, stop, plan = msgpack.unpackb(self._groups.tp.broadcast_bytes(None, 0))
+            header = self._groups.tp.broadcast_bytes(None, 0)
+            max_tokens, epoch, stop, plan = msgpack.unpackb(header)
+        self.runner.flip(epoch)
         if max_tokens:
             self.runner.execute(StepPlan.decode(plan), max_tokens)
         return not stop

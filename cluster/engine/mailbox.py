@@ -5,6 +5,7 @@ is too large, malformed or not a map is dropped with a log line: it cannot hurt 
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -75,15 +76,21 @@ class ZmqMailbox:
 
 
 class LocalMailbox:
-    """A fixed list of requests, and a `stop` once each of them has ended: no gateway, no sockets."""
+    """A fixed list of requests, and a `stop` once each of them has ended: no gateway, no sockets.
+
+    `post` adds another frame, from any thread.
+    """
 
     def __init__(self, requests: Iterable[Frame]) -> None:
-        self._unread = list(requests)
+        self._unread = deque(requests)
         self._unfinished = {frame["request_id"] for frame in self._unread}
         self.events: list[TokenEvent] = []
 
+    def post(self, frame: Frame) -> None:
+        self._unread.append(frame)
+
     def receive(self, timeout_s: float) -> list[Frame]:
-        frames, self._unread = self._unread, []
+        frames = [self._unread.popleft() for _ in range(len(self._unread))]
         return frames if self._unfinished else [*frames, {"type": "stop"}]
 
     def send(self, frame: Frame) -> None:

@@ -1,20 +1,28 @@
-"""One rank's share of the model and its KV cache, executing step plans."""
+"""One rank's share of the model and its KV cache, executing step plans.
+
+Experts move into and out of the share while it serves: `prepare` and `abandon` are called from other
+threads than the one that executes, `flip` by that one, between two steps.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cluster.config import ConfigError, ServeConfig
 from cluster.engine.batch import forward_batch
+from cluster.engine.migration import start_migrator
 from cluster.engine.plan import StepPlan
 from cluster.engine.step_timer import StepTimer
 from cluster.model.config import ModelConfig
 from cluster.model.kv_cache import KVCache
 from cluster.model.transformer import Transformer
 from comms.groups import ParallelGroups
+from comms.transfer_server import TransferServer
+from experts.migrate import Migrator
 from router.placement import Placement
 
 GIB = 1 << 30
@@ -23,16 +31,26 @@ GIB = 1 << 30
 class Runner:
     """Turns plans into logits. All TP ranks of a replica execute the same plans in the same order."""
 
-    def __init__(self, model: Transformer, cache: KVCache, timer: StepTimer, epoch: int) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        model: Transformer,
+        cache: KVCache,
+        timer: StepTimer,
+        migrator: Migrator,
+        server: TransferServer,
+    ) -> None:
+        self.config = config
         self.model = model
         self.cache = cache
         self.timer = timer
-        self.epoch = epoch
+        self.migrator = migrator
         self.num_steps = 0
+        self._server = server
 
     @staticmethod
     def load(config: ServeConfig, groups: ParallelGroups) -> Runner:
-        """Read this rank's share of the checkpoint and allocate its KV blocks.
+        """Read this rank's share of the checkpoint and allocate its KV blocks. Collective.
 
         Raises UnsupportedModelError or CheckpointError, naming what is wrong with the checkpoint.
         """
@@ -60,7 +78,12 @@ class Runner:
         )
         num_blocks = num_cache_blocks(config, model_config, groups)
         cache = KVCache(model_config, groups.topology, num_blocks, config.cache.block_size, dtype)
-        return Runner(model, cache, timer, placement.epoch)
+        migrator, server = start_migrator(config, groups, model, placement)
+        return Runner(config, model, cache, timer, migrator, server)
+
+    def close(self) -> None:
+        """Stop sending experts to other ranks."""
+        self._server.close()
 
     def execute(self, plan: StepPlan, max_tokens: int | None = None) -> Tensor | None:
         """fp32 logits [len(plan.logit_items), V] on TP rank 0, None elsewhere.
@@ -75,6 +98,27 @@ class Runner:
         finally:
             self.model.where.step = -1
             self.num_steps += 1
+
+    @property
+    def epoch(self) -> int:
+        """Of the placement in force."""
+        return self.migrator.epoch
+
+    def prepare(self, epoch: int, layer: int, row: ArrayLike) -> None:
+        """Fetch what this rank needs for `row` in one expert layer: see `Migrator.prepare`."""
+        self.migrator.prepare(epoch, layer, row, self.config.eplb_config.prepare_timeout_s)
+
+    def abandon(self, epoch: int) -> bool:
+        return self.migrator.abandon(epoch)
+
+    def commit(self, epoch: int) -> bool:
+        """All ranks have prepared `epoch`. False if this one has not."""
+        return self.migrator.commit(epoch)
+
+    def flip(self, epoch: int) -> None:
+        """Put a prepared placement in force; nothing to do if it is already."""
+        if epoch != self.epoch:
+            self.migrator.flip(epoch)
 
     def memory(self) -> dict[str, int]:
         """Bytes held by this rank, by kind."""

@@ -24,7 +24,7 @@ from cluster.model.norm import RmsNorm
 from cluster.model.shards import shard
 from comms.topology import Topology
 from experts.mlp import GatedMLP
-from experts.weights import ExpertSlots
+from experts.weights import ExpertSlots, ExpertWeights
 from router.gate import Gate
 from router.placement import Placement
 
@@ -102,6 +102,13 @@ class Loader:
         for slot, expert in placement.experts_of_rank(moe_idx, self.rank).items():
             slots.load(slot, *self._expert(layer, expert))
         return slots
+
+    def expert(self, moe_idx: int, expert: int) -> ExpertWeights:
+        """One expert of this expert layer, as `experts` loads it."""
+        hidden, size = self.config.hidden_size, self.config.expert_intermediate_size
+        weights = ExpertWeights(hidden, size, self.dtype)
+        weights.fill(*self._expert(self.config.moe_layers[moe_idx], expert))
+        return weights
 
     def _expert(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """gate_IH, up_IH, down_HI of one expert, stored on its own or stacked with the others."""

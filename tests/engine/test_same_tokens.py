@@ -114,6 +114,7 @@ def preemptions(groups: ParallelGroups, config: ServeConfig, requests: list[Fram
     assert isinstance(engine, Leader)
     while engine.step():
         pass
+    engine.runner.close()
     return engine.scheduler.num_preemptions
 
 

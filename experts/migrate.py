@@ -1,0 +1,298 @@
+"""Other experts in a rank's slots, while it serves: prepared in the background, in force at once.
+
+    epoch e in force --prepare(e + 1)--> fetching --all here and verified--> prepared --flip--> e + 1
+                                            |                                   |
+                                            +--------- failed, abandoned -------+--> as before
+
+A prepared expert lies in memory of its own until `flip` puts it in force together with the map that
+says so. Nobody writes to weights that are, or ever were, in force. So at any moment, and whatever
+fails, a rank has one map and the weights that it names.
+
+L expert layers, S slots of all ranks, E logical experts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from comms.transfer import TransferClient, TransferError
+from experts.weights import ExpertSlots, ExpertWeights
+from router.placement import LayerPlacement, Placement
+
+ReadExpert = Callable[[int, int], ExpertWeights]
+"""(layer, expert) -> its weights from the checkpoint."""
+
+_CALL_OFF_S = 10.0  # for a fetch to notice; it looks twenty times a second
+
+
+class MigrationError(RuntimeError):
+    """A placement could not be prepared, or may not be flipped to or abandoned; says why."""
+
+
+class HostsExperts(Protocol):
+    """The part of an expert layer that changes."""
+
+    slots: ExpertSlots
+    layer_placement: LayerPlacement
+    rank: int
+
+
+@dataclass(kw_only=True)
+class MigrationMetrics:
+    """Since the start. bytes: fetched, by where they came from; flip_s is the step thread's time."""
+
+    bytes: dict[str, int] = field(default_factory=lambda: {"node": 0, "remote": 0, "disk": 0})
+    experts: int = 0
+    prepared: int = 0
+    flipped: int = 0
+    failed: int = 0
+    abandoned: int = 0
+    retries: int = 0
+    prepare_s: float = 0.0
+    flip_s: float = 0.0
+    longest_flip_s: float = 0.0
+
+
+@dataclass(kw_only=True)
+class _Staged:
+    """The next placement, and what it puts into this rank's slots of one layer."""
+
+    placement: Placement
+    layer: int
+    layer_placement: LayerPlacement
+    deadline: float
+    weights: dict[int, ExpertWeights] = field(default_factory=dict)
+    """By local slot."""
+    ready: bool = False
+    committed: bool = False
+    stop: threading.Event = field(default_factory=threading.Event)
+    left: threading.Event = field(default_factory=threading.Event)
+    """Set when `prepare` has ended, well or not."""
+
+
+class Migrator:
+    """One rank's part in migrations. `placement` is the one in force, the same on all ranks.
+
+    `flip` is for the thread that runs the layers, the rest for any other. fingerprints_LE: of every
+    expert's weights, what is fetched must have them. One placement is prepared at a time.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        placement: Placement,
+        layers: Sequence[HostsExperts],
+        fingerprints_LE: NDArray[np.uint64],
+        client: TransferClient,
+        read_expert: ReadExpert,
+    ) -> None:
+        self.placement = placement
+        self.metrics = MigrationMetrics()
+        self._rank, self._layers, self._fingerprints_LE = rank, layers, fingerprints_LE
+        self._client, self._read_expert = client, read_expert
+        self._lock = threading.Lock()  # held for a few assignments, never while anything is awaited
+        self._staged: _Staged | None = None
+        self._out_of_force: list[ExpertWeights] = []
+
+    @property
+    def epoch(self) -> int:
+        """In force."""
+        return self.placement.epoch
+
+    # -- in the background ---------------------------------------------------------------------
+
+    def prepare(self, epoch: int, layer: int, row: ArrayLike, timeout_s: float) -> None:
+        """Get ready for `row` [S] in one layer (by its position among the expert layers).
+
+        `epoch` is the one after that in force. Returns when all experts that this rank lacks are here
+        and verified. Raises MigrationError, and leaves everything as it was, when one cannot be had
+        within timeout_s, when the epoch is abandoned meanwhile or another one is being prepared;
+        ValueError for a row that is no placement.
+        """
+        start = time.monotonic()
+        staged = self._begin(epoch, layer, row, start + timeout_s)
+        try:
+            self._out_of_force.clear()  # here and not in `flip`: freeing much memory takes time
+            for slot, expert in self._changes(staged):
+                staged.weights[slot] = self._held(layer, expert) or self._get(staged, expert)
+            with self._lock:
+                if self._staged is not staged:
+                    raise MigrationError(f"rank {self._rank}: epoch {epoch} was abandoned")
+                staged.ready = True
+                self.metrics.prepared += 1
+        except BaseException:
+            with self._lock:
+                if self._staged is staged:  # else it was abandoned, and is counted as that
+                    self._staged = None
+                    self.metrics.failed += 1
+            raise
+        finally:
+            self.metrics.prepare_s += time.monotonic() - start
+            staged.left.set()
+
+    def abandon(self, epoch: int) -> bool:
+        """Forget what is, or is being, prepared for `epoch`; False if that is nothing.
+
+        Raises MigrationError if the epoch has been committed: then all ranks go there.
+        """
+        with self._lock:
+            staged = self._staged
+            if staged is None or staged.placement.epoch != epoch:
+                return False
+            if staged.committed:
+                raise MigrationError(f"rank {self._rank}: epoch {epoch} is committed already")
+            self._staged = None
+            self.metrics.abandoned += 1
+        staged.stop.set()
+        staged.left.wait(_CALL_OFF_S)
+        return True
+
+    def commit(self, epoch: int) -> bool:
+        """From now on `epoch` cannot be abandoned here. False if it is not prepared."""
+        with self._lock:
+            staged = self._staged
+            if staged is None or staged.placement.epoch != epoch or not staged.ready:
+                return False
+            staged.committed = True
+            return True
+
+    # -- between two steps ---------------------------------------------------------------------
+
+    def flip(self, epoch: int) -> None:
+        """Put what is prepared for `epoch` in force. All ranks do so before the same step.
+
+        Raises MigrationError if that is not prepared here.
+        """
+        start = time.perf_counter()
+        with self._lock:
+            staged = self._staged
+            if staged is None or staged.placement.epoch != epoch or not staged.ready:
+                raise MigrationError(
+                    f"rank {self._rank} stands at epoch {self.epoch} and cannot flip to {epoch}, "
+                    "which is not prepared here"
+                )
+            layer = self._layers[staged.layer]
+            for slot, weights in staged.weights.items():
+                self._out_of_force.append(layer.slots[slot])
+                layer.slots[slot] = weights
+            layer.layer_placement = staged.layer_placement
+            self.placement = staged.placement
+            self._staged = None
+        seconds = time.perf_counter() - start
+        self.metrics.flipped += 1
+        self.metrics.flip_s += seconds
+        self.metrics.longest_flip_s = max(self.metrics.longest_flip_s, seconds)
+
+    # -- inside prepare ------------------------------------------------------------------------
+
+    def _begin(self, epoch: int, layer: int, row: ArrayLike, deadline: float) -> _Staged:
+        if not 0 <= layer < self.placement.num_layers:
+            raise ValueError(f"layer({layer}) is outside [0, {self.placement.num_layers})")
+        current = self.placement
+        placement = current.with_layers({layer: np.asarray(row, np.int64)}, epoch)
+        layer_placement = placement.layer(layer)
+        # Tables are made on first use: here, and not in the first step after the flip.
+        layer_placement.choose_slots(torch.empty(0, 1, dtype=torch.int64), self._layers[layer].rank)
+        staged = _Staged(
+            placement=placement, layer=layer, layer_placement=layer_placement, deadline=deadline
+        )
+        with self._lock:
+            if self._staged is not None:
+                raise MigrationError(
+                    f"rank {self._rank}: epoch {self._staged.placement.epoch} is prepared, or being "
+                    "prepared, already; abandon it first"
+                )
+            if self.placement is not current or epoch != current.epoch + 1:
+                raise MigrationError(
+                    f"rank {self._rank} stands at epoch {self.epoch} and cannot prepare {epoch}"
+                )
+            self._staged = staged
+        return staged
+
+    def _changes(self, staged: _Staged) -> list[tuple[int, int]]:
+        """(local slot, expert) of this rank's slots that get another expert."""
+        now = self.placement.experts_of_rank(staged.layer, self._rank)
+        then = staged.placement.experts_of_rank(staged.layer, self._rank)
+        return [(slot, expert) for slot, expert in then.items() if now.get(slot) != expert]
+
+    def _held(self, layer: int, expert: int) -> ExpertWeights | None:
+        """The expert's weights if this rank has them in some slot already."""
+        for slot, mine in self.placement.experts_of_rank(layer, self._rank).items():
+            if mine == expert:
+                return self._layers[layer].slots[slot]
+        return None
+
+    def _get(self, staged: _Staged, expert: int) -> ExpertWeights:
+        """The expert's weights from the nearest holder that can give them, else from the disk."""
+        weights = self._layers[staged.layer].slots.new_weights()
+        failures = []
+        for slot in self._holders(staged.layer, expert):
+            source, local_slot = divmod(slot, self.placement.slots_per_rank)
+            now = time.monotonic()
+            try:
+                self._client.fetch(
+                    source,
+                    staged.layer,
+                    local_slot,
+                    weights.data,
+                    deadline=now + (staged.deadline - now) / 2,  # what is left is for another one
+                    stop=staged.stop,
+                )
+            except TransferError as error:
+                failures.append(str(error))
+            else:
+                if self._is(weights, staged.layer, expert):
+                    self._count("node" if self._is_near(source) else "remote", weights)
+                    return weights
+                failures.append(f"rank {source} sent other bytes than it was asked for")
+            self._check(staged, expert, failures)
+            self.metrics.retries += 1
+        try:
+            weights = self._read_expert(staged.layer, expert)
+        except (OSError, ValueError) as error:
+            failures.append(f"the checkpoint: {error}")
+        else:
+            if self._is(weights, staged.layer, expert):
+                self._check(staged, expert, failures)
+                self._count("disk", weights)
+                return weights
+            failures.append("the checkpoint holds other weights than were loaded")
+        raise self._cannot(staged, expert, failures)
+
+    def _holders(self, layer: int, expert: int) -> list[int]:
+        """Slots that hold the expert: of our node first, and different ones first for each rank."""
+        row = self.placement.physical_to_logical[layer]
+        slots = np.flatnonzero(row == expert).tolist()
+        slots = [slots[(self._rank + i) % len(slots)] for i in range(len(slots))]
+        return sorted(slots, key=lambda s: not self._is_near(s // self.placement.slots_per_rank))
+
+    def _is_near(self, rank: int) -> bool:
+        per_node = self.placement.ranks_per_node or self.placement.num_ranks
+        return rank // per_node == self._rank // per_node
+
+    def _is(self, weights: ExpertWeights, layer: int, expert: int) -> bool:
+        return weights.fingerprint() == int(self._fingerprints_LE[layer, expert])
+
+    def _count(self, source: str, weights: ExpertWeights) -> None:
+        self.metrics.bytes[source] += weights.num_bytes
+        self.metrics.experts += 1
+
+    def _check(self, staged: _Staged, expert: int, failures: Sequence[str]) -> None:
+        if staged.stop.is_set() or time.monotonic() > staged.deadline:
+            raise self._cannot(staged, expert, failures)
+
+    def _cannot(self, staged: _Staged, expert: int, failures: Sequence[str]) -> MigrationError:
+        why = "it was abandoned" if staged.stop.is_set() else "; ".join(failures)
+        return MigrationError(
+            f"rank {self._rank} cannot prepare epoch {staged.placement.epoch}: expert {expert} of "
+            f"expert layer {staged.layer} did not come: {why}"
+        )
