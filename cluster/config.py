@@ -120,6 +120,8 @@ class EplbConfig(Section):
     """Imbalance of a layer, after the best division of its tokens over copies, that is put right."""
     target: Imbalance = 1.02
     """Imbalance that a plan is to reach."""
+    horizon_s: Seconds = 60.0
+    """How long the present load is expected to last: within it moving experts must pay."""
     bandwidth_mib_s: Annotated[float, Field(gt=0, le=1 << 20)] = 64.0
     """MiB/s of weights that each rank sends at most while it serves."""
     prepare_timeout_s: Seconds = 60.0

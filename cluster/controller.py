@@ -7,15 +7,18 @@ whole gang has failed, because expert-parallel collectives need every rank.
 
 import asyncio
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ServeConfig
 from cluster.engine.runner import max_model_len
 from cluster.model.config import ModelConfig
+from cluster.rebalancer import ExpertFacts, Rebalancer
 from cluster.server.gateway import Gateway
 from cluster.server.request import ModelInfo
 from cluster.server.service import GrpcServer
@@ -23,6 +26,9 @@ from cluster.server.tokenizer import load_tokenizer
 from cluster.worker import Worker
 
 PLACEMENT_TIMEOUT_S = 10.0
+CONCURRENCY_GROUPS = {"watch": 1, "prepare": 1, "abandon": 1}
+"""Threads of a rank beside the one that runs steps: nothing waits for a call of another kind, and
+calls of one kind keep their order."""
 LOOPBACK = "127.0.0.1"
 
 logger = logging.getLogger(__name__)
@@ -42,6 +48,7 @@ class Controller:
         self._workers: list[Any] = []
         self._sentinels: list[asyncio.Future[None]] = []
         self._gateway: Gateway | None = None
+        self._rebalancer: Rebalancer | None = None
         self._server: GrpcServer | None = None
         self._stopping = False
         self._doing = "starting the controller"
@@ -88,6 +95,8 @@ class Controller:
             await self._gateway.drain()
         if self._server:
             await self._server.stop()
+        if self._rebalancer:
+            await self._rebalancer.stop()
         if self._gateway:
             await self._gateway.stop()
         if self._sentinels:
@@ -100,7 +109,10 @@ class Controller:
 
     async def stats(self) -> list[dict[str, Any]]:
         """One map per rank: expert load, bytes sent, memory and step times (see `Worker.stats`)."""
-        return list(await asyncio.gather(*(worker.stats.remote() for worker in self._workers)))
+        calls = (
+            worker.stats.options(concurrency_group="watch").remote() for worker in self._workers
+        )
+        return list(await asyncio.gather(*calls))
 
     async def _place_workers(self) -> None:
         check_resources(self._config)
@@ -114,10 +126,9 @@ class Controller:
         except TimeoutError:
             raise NotEnoughResourcesError(_shortage(self._config)) from None
         self._workers = [
-            ray.remote(Worker)
+            ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(Worker)  # type: ignore[call-overload]
             .options(
                 num_cpus=self._config.ray.cpus_per_rank,
-                max_concurrency=2,  # `stats` answers while `run` runs
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self._placement_group,
                     placement_group_bundle_index=self._topology.node_of(rank),
@@ -149,6 +160,7 @@ class Controller:
         for report in reports:
             logger.info("rank %d ready: %s", report["rank"], report["memory"])
         self._leader_addresses = [r["mailbox"] for r in reports if r["mailbox"] is not None]
+        self._first_placement = reports[0]["placement"]
 
     async def _find_hosts(self) -> list[str]:
         """The address each rank listens on: loopback unless ranks are on several hosts."""
@@ -179,10 +191,51 @@ class Controller:
         self._sentinels = [
             asyncio.ensure_future(worker.run.remote(gateway_address)) for worker in self._workers
         ]
-        self._server = GrpcServer(self._gateway, self._config)
+        self._rebalancer = self._watch_experts(model_config, self._gateway)
+        self._server = GrpcServer(self._gateway, self._config, self._rebalancer)
         port = await self._server.start()
         self._gateway.set_ready(True)
         return f"{self._config.server.host}:{port}"
+
+    def _watch_experts(self, model_config: ModelConfig, gateway: Gateway) -> Rebalancer:
+        rebalancer = Rebalancer(
+            self._config.eplb_config,
+            ExpertFacts(
+                model_layers=model_config.moe_layers,
+                experts_per_token=model_config.gate.num_experts_per_token,
+                expert_bytes=_expert_bytes(model_config, self._config.dtype),
+            ),
+            self._first_placement,
+            [RayRank(worker) for worker in self._workers],
+            gateway,
+        )
+        rebalancer.start()
+        return rebalancer
+
+
+class RayRank:
+    """A rank as the rebalancer asks it, see `cluster.ranks.Rank`."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+
+    async def expert_stats(self) -> Mapping[str, Any]:
+        stats: Mapping[str, Any] = await self._call("expert_stats", "watch")
+        return stats
+
+    async def prepare(self, epoch: int, layer: int, row: Sequence[int]) -> None:
+        await self._call("prepare", "prepare", epoch, layer, row)
+
+    async def abandon(self, epoch: int) -> None:
+        await self._call("abandon", "abandon", epoch)
+
+    async def _call(self, method: str, group: str, *arguments: Any) -> Any:
+        """Its answer, or what it raised itself instead of Ray's report of that."""
+        call = getattr(self._worker, method).options(concurrency_group=group)
+        try:
+            return await call.remote(*arguments)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
 
 
 def check_resources(config: ServeConfig) -> None:
@@ -193,6 +246,12 @@ def check_resources(config: ServeConfig) -> None:
     one_host_each = config.ray.placement_strategy == "STRICT_SPREAD"
     if total < _cpus_per_node(config) * num_nodes or (one_host_each and hosts < num_nodes):
         raise NotEnoughResourcesError(_shortage(config))
+
+
+def _expert_bytes(model: ModelConfig, dtype: str) -> int:
+    """Of one expert's three matrices."""
+    elements = 3 * model.hidden_size * model.expert_intermediate_size
+    return elements * int(getattr(torch, dtype).itemsize)
 
 
 def _cpus_per_node(config: ServeConfig) -> float:

@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -12,6 +14,8 @@ from cluster.engine.mailbox import ZmqMailbox
 from comms.groups import ParallelGroups
 from comms.store import connect_store, host_store
 from comms.topology import Topology
+
+FLIP_TIMEOUT_S = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,8 @@ class Worker:
     def load(self, store_address: str, host: str) -> dict[str, Any]:
         """Connect to the other ranks from our address `host`; load this rank's share of the model.
 
-        Returns {"rank", "memory": bytes by kind, "mailbox": the leader's address or None}.
+        Returns {"rank", "memory": bytes by kind, "mailbox": the leader's address or None,
+        "placement": of the experts on all ranks, from rank 0; None from the others}.
         """
         self._groups = ParallelGroups.connect(
             self._topology,
@@ -56,24 +61,54 @@ class Worker:
             "rank": self._rank,
             "memory": self._engine.runner.memory(),
             "mailbox": self._mailbox and self._mailbox.address,
+            "placement": self._engine.runner.migrator.placement if self._rank == 0 else None,
         }
 
     def run(self, gateway_address: str) -> None:
         """Step until all replicas were told to stop. Ends with an error when a peer is lost."""
-        assert self._engine is not None, "load comes before run"
+        engine = self._loaded
         if self._mailbox:
             self._mailbox.connect(gateway_address)
         gc.collect()
         gc.freeze()  # what lives as long as we do need not be looked at in the middle of a step
         try:
-            while self._engine.step():
+            while engine.step():
                 pass
         finally:
             if self._mailbox:
                 self._mailbox.close()
+            engine.runner.close()
             self._groups.abort()
+
+    def expert_stats(self) -> dict[str, Any]:
+        """Since the start: what this rank's tokens chose, what its experts computed, the bytes sent.
+
+        See `Runner.expert_stats`; read while steps go on, so parts may be a step apart.
+        """
+        runner = self._loaded.runner
+        return {**runner.expert_stats(), "bytes": runner.stats()["bytes"]}
+
+    def prepare(self, epoch: int, layer: int, row: Sequence[int]) -> None:
+        """Fetch what this rank needs to hold its slots of `row`, the next placement of `layer`.
+
+        Steps go on meanwhile. Raises MigrationError if that fails; nothing has changed then.
+        """
+        runner = self._loaded.runner
+        deadline = time.monotonic() + FLIP_TIMEOUT_S
+        while runner.epoch < epoch - 1 and time.monotonic() < deadline:
+            # Leaders report an epoch at the start of a step; the others may be a message behind.
+            time.sleep(0.001)
+        runner.prepare(epoch, layer, row)
+
+    def abandon(self, epoch: int) -> None:
+        """Forget what was prepared for `epoch`, or end its preparation."""
+        self._loaded.runner.abandon(epoch)
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start: see `Runner.stats`."""
-        assert self._engine is not None, "load comes before stats"
-        return {"rank": self._rank, **self._engine.runner.stats()}
+        return {"rank": self._rank, **self._loaded.runner.stats()}
+
+    @property
+    def _loaded(self) -> Leader | Follower:
+        assert self._engine is not None, "load comes first"
+        return self._engine

@@ -36,6 +36,8 @@ _READY = health_pb2.HealthCheckRequest(
 )
 _RETRY_S = 0.05
 
+_Metadata = tuple[tuple[str, str], ...]
+
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 
@@ -126,6 +128,39 @@ class Client:
     def loads(self) -> control_pb2.GetLoadsResponse:
         return self._call(self._control.GetLoads, control_pb2.GetLoadsRequest())
 
+    def placement(self) -> control_pb2.GetExpertPlacementResponse:
+        request = control_pb2.GetExpertPlacementRequest()
+        return self._call(self._control.GetExpertPlacement, request)
+
+    def balance(self) -> control_pb2.GetBalanceResponse:
+        return self._call(self._control.GetBalance, control_pb2.GetBalanceRequest())
+
+    def rebalance(
+        self,
+        *,
+        dry_run: bool = False,
+        target: float | None = None,
+        from_scratch: bool = False,
+        admin_token: str | None = None,
+    ) -> control_pb2.RebalanceResponse:
+        """Plan for the load recorded so far and, unless `dry_run`, start to move experts."""
+        request = control_pb2.RebalanceRequest(
+            dry_run=dry_run, target=target, from_scratch=from_scratch
+        )
+        return self._call(self._control.Rebalance, request, _bearer(admin_token))
+
+    def dump_expert_stats(self, admin_token: str | None = None) -> bytes:
+        """The recorded load of the experts as an .npz file."""
+        call = self._control.DumpExpertStats(
+            control_pb2.DumpExpertStatsRequest(),
+            timeout=self._timeout_s,
+            metadata=_bearer(admin_token),
+        )
+        try:
+            return b"".join(chunk.data for chunk in call)
+        except grpc.RpcError as error:
+            raise ClientError.of(error) from None
+
     def wait_ready(self, timeout_s: float) -> None:
         """Return once the server takes requests; TimeoutError says what it did instead."""
         deadline = time.monotonic() + timeout_s
@@ -142,10 +177,13 @@ class Client:
         raise TimeoutError(f"{self._address} was not ready within {timeout_s:g} s: {seen}")
 
     def _call(
-        self, method: "grpc.UnaryUnaryMultiCallable[_Request, _Response]", request: _Request
+        self,
+        method: "grpc.UnaryUnaryMultiCallable[_Request, _Response]",
+        request: _Request,
+        metadata: _Metadata = (),
     ) -> _Response:
         try:
-            return method(request, timeout=self._timeout_s)
+            return method(request, timeout=self._timeout_s, metadata=metadata)
         except grpc.RpcError as error:
             raise ClientError.of(error) from None
 
@@ -236,6 +274,10 @@ class AsyncClient:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+def _bearer(token: str | None) -> _Metadata:
+    return () if token is None else (("authorization", f"Bearer {token}"),)
 
 
 def _seen(error: Any, before: str) -> str:

@@ -1,6 +1,7 @@
-"""The gRPC face of operation: what runs here and how loaded it is; abort and drain for admins."""
+"""The gRPC face of operation: what runs here and how loaded it is; steering for admins."""
 
 import hmac
+import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,6 +11,8 @@ from typing import Any
 
 import grpc.aio
 
+from cluster.rebalancer import Rebalancer
+from cluster.server.balance import balance_message, outcome_message, placement_message
 from cluster.server.errors import Code, RequestError, invalid
 from cluster.server.gateway import Gateway
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
@@ -19,15 +22,17 @@ from cluster.server.status import statuses
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Control"].full_name
 _LOOPBACK = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
 _MAX_DRAIN_S = 86_400.0
+_CHUNK_BYTES = 1 << 20
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ControlServicer(pb_grpc.ControlServicer):
-    """Reads are open; `Abort` and `Drain` need the admin token or, without one, loopback."""
+    """Reads are open; what changes or costs needs the admin token or, without one, loopback."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, rebalancer: Rebalancer | None = None) -> None:
         self._gateway = gateway
+        self._balance = rebalancer
         self._started = time.monotonic()
         token_file = gateway.config.server.admin_token_file
         self._token = Path(token_file).read_text(encoding="utf-8").strip() if token_file else None
@@ -48,6 +53,7 @@ class ControlServicer(pb_grpc.ControlServicer):
             tensor_parallel_size=parallel.tp_size,
             num_replicas=parallel.num_replicas,
             uptime_s=time.monotonic() - self._started,
+            rebalancing=self._balance.state if self._balance else "off: no rank can be asked",
         )
 
     async def GetModelInfo(
@@ -93,6 +99,46 @@ class ControlServicer(pb_grpc.ControlServicer):
                 raise invalid("timeout_s", timeout_s, f"in [0, {_MAX_DRAIN_S:g}]")
             num_cut_off = await self._gateway.drain(timeout_s)
         return pb.DrainResponse(num_cut_off=num_cut_off)
+
+    async def GetExpertPlacement(
+        self, request: pb.GetExpertPlacementRequest, context: _Context
+    ) -> pb.GetExpertPlacementResponse:
+        async with statuses(context):
+            return placement_message(self._rebalancer)
+
+    async def GetBalance(
+        self, request: pb.GetBalanceRequest, context: _Context
+    ) -> pb.GetBalanceResponse:
+        async with statuses(context):
+            return await balance_message(self._rebalancer)
+
+    async def Rebalance(
+        self, request: pb.RebalanceRequest, context: _Context
+    ) -> pb.RebalanceResponse:
+        async with self._admin(context):
+            target = request.target if request.HasField("target") else None
+            if target is not None and not 1 <= target < math.inf:
+                raise invalid("target", target, "max / mean over ranks, so at least 1")
+            outcome = await self._rebalancer.rebalance(
+                dry_run=request.dry_run, target=target, from_scratch=request.from_scratch
+            )
+            return outcome_message(outcome, self._rebalancer)
+
+    async def DumpExpertStats(
+        self, request: pb.DumpExpertStatsRequest, context: _Context
+    ) -> AsyncIterator[pb.DumpExpertStatsChunk]:
+        async with self._admin(context):
+            data = self._rebalancer.recorded()
+            for start in range(0, len(data), _CHUNK_BYTES):
+                yield pb.DumpExpertStatsChunk(data=data[start : start + _CHUNK_BYTES])
+
+    @property
+    def _rebalancer(self) -> Rebalancer:
+        if self._balance is None:
+            raise RequestError(
+                Code.FAILED_PRECONDITION, "this server has no ranks to ask about their experts"
+            )
+        return self._balance
 
     @asynccontextmanager
     async def _admin(self, context: _Context) -> AsyncIterator[None]:

@@ -128,6 +128,17 @@ class Gateway:
             links, self._links = self._links, None
             await links.close()
 
+    # Placement of experts -----------------------------------------------------------------------
+
+    def commit_placement(self, epoch: int) -> None:
+        """Tell every leader that all ranks have prepared the placement of `epoch`."""
+        for replica in self.replicas:
+            replica.try_send(wire.pack_placement(epoch))
+
+    def placement_epochs(self) -> list[int]:
+        """The epoch of the placement in force at each replica, as last reported."""
+        return [replica.stats.epoch for replica in self.replicas]
+
     # Requests -----------------------------------------------------------------------------------
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:

@@ -5,16 +5,23 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cluster.config import ConfigError, ServeConfig
+from cluster.rebalancer import Rebalancer
 from cluster.server import control, health, inference
 from cluster.server.gateway import Gateway
 from cluster.server.proto.expertmesh.v1 import control_pb2_grpc, inference_pb2_grpc
 
 
 class GrpcServer:
-    """Serves from `start` to `stop`; runs in the gateway's event loop."""
+    """Serves from `start` to `stop`; runs in the gateway's event loop.
 
-    def __init__(self, gateway: Gateway, config: ServeConfig) -> None:
+    Without a rebalancer, calls about experts and their balance are refused.
+    """
+
+    def __init__(
+        self, gateway: Gateway, config: ServeConfig, rebalancer: Rebalancer | None = None
+    ) -> None:
         self._gateway = gateway
+        self._rebalancer = rebalancer
         self._config = config.server
         self._server: grpc.aio.Server | None = None
 
@@ -28,7 +35,7 @@ class GrpcServer:
             inference.InferenceServicer(self._gateway), server
         )
         control_pb2_grpc.add_ControlServicer_to_server(
-            control.ControlServicer(self._gateway), server
+            control.ControlServicer(self._gateway, self._rebalancer), server
         )
         names = (inference.SERVICE_NAME, control.SERVICE_NAME)
         health_pb2_grpc.add_HealthServicer_to_server(

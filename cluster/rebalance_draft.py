@@ -1,0 +1,104 @@
+"""A planned rebalance: which layers get which slots, in what order, and what that brings.
+
+Pure, so that it can run in a thread beside the event loop and be shown without being done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from router.load import ExpertLoad
+from router.placement import IntArray, Placement, settle
+from router.split import LayerSplit
+
+_TOKENS = 1 << 20
+"""Loads become integers of this sum per layer: splits are exact in integers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEffect:
+    """What a plan does to one layer (an index of the placement); loads are max / mean over ranks."""
+
+    layer: int
+    imbalance_before: float
+    imbalance_after: float
+    lower_bound: float
+    moves: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draft:
+    """`rows`: (layer, its slots) of every layer that changes, the worst first."""
+
+    rows: tuple[tuple[int, IntArray], ...]
+    effects: tuple[LayerEffect, ...]
+
+    @property
+    def num_moves(self) -> int:
+        return sum(effect.moves for effect in self.effects)
+
+
+def draft(
+    load: ExpertLoad,
+    current: Placement,
+    *,
+    target: float,
+    from_scratch: bool = False,
+    only: Collection[int] | None = None,
+) -> Draft:
+    """Plan from `current`, or, `from_scratch`, without regard to what is where.
+
+    `target`: max / mean over ranks to reach. `only`: the layers that may change; None: all.
+    """
+    from router.planner import PlanOptions, plan
+
+    planned = plan(
+        load,
+        num_ranks=current.num_ranks,
+        slots_per_rank=current.slots_per_rank,
+        ranks_per_node=current.ranks_per_node,
+        current=None if from_scratch else current,
+        options=PlanOptions(target=target),
+    )
+    layers = range(current.num_layers) if only is None else sorted(only)
+    drafted = current.with_layers({i: _row(planned.placement, current, i) for i in layers})
+    moves_L = np.bincount(
+        [move.layer for move in drafted.moves_from(current)], minlength=current.num_layers
+    )
+    before_L = imbalances(load, current)
+    effects = tuple(
+        LayerEffect(
+            layer=layer,
+            imbalance_before=before_L[layer],
+            imbalance_after=planned.layers[layer].imbalance,
+            lower_bound=planned.layers[layer].lower_bound,
+            moves=int(moves_L[layer]),
+            reason=planned.layers[layer].reason,
+        )
+        for layer in layers
+    )
+    rows = drafted.physical_to_logical
+    changed = [i for i in layers if (rows[i] != current.physical_to_logical[i]).any()]
+    changed.sort(key=lambda layer: -before_L[layer])
+    return Draft(rows=tuple((layer, rows[layer]) for layer in changed), effects=effects)
+
+
+def imbalances(load: ExpertLoad, placement: Placement) -> list[float]:
+    """Each layer's max / mean over ranks if its mean load is divided over copies as well as can be."""
+    found = []
+    for layer, mean_E in enumerate(load.mean_LE):
+        tokens_E = np.rint(mean_E * (_TOKENS / max(mean_E.sum(), 1e-300))).astype(np.int64)
+        found.append(LayerSplit(placement.layer(layer)).imbalance(tokens_E))
+    return found
+
+
+def _row(planned: Placement, current: Placement, layer: int) -> IntArray:
+    return settle(
+        current.physical_to_logical[layer],
+        planned.physical_to_logical[layer],
+        current.slots_per_rank,
+    )
