@@ -83,6 +83,8 @@ class Leader:
             logits = self.runner.execute(plan, verdict.max_tokens)
             with timer.phase("sample"):
                 events += self._sample(plan, logits)
+        else:
+            self.runner.rest()
         if events or flips or monotonic() - self._last_sent >= HEARTBEAT_S:
             self._mailbox.send(self._frame(events))
             self._last_sent = monotonic()
@@ -169,6 +171,8 @@ class Follower:
         self.runner.flip(epoch)
         if max_tokens:
             self.runner.execute(StepPlan.decode(plan), max_tokens)
+        else:
+            self.runner.rest()
         return not stop
 
 

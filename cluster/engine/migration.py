@@ -13,7 +13,6 @@ from comms.groups import ParallelGroups
 from comms.transfer import connect_transfers
 from comms.transfer_server import TransferServer
 from experts.migrate import Migrator
-from experts.moe import MoELayer
 from experts.weights import ExpertWeights
 from router.placement import Placement
 
@@ -27,7 +26,7 @@ def start_migrator(
 
     Raises CheckpointError if ranks have read different weights for an expert.
     """
-    layers = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoELayer)]
+    layers = model.moe_layers
     fingerprints_LE = share_fingerprints(
         [layer.slots for layer in layers], placement, groups.world, config.model
     )

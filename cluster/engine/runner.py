@@ -6,6 +6,9 @@ threads than the one that executes, `flip` by that one, between two steps.
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import asdict
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -26,6 +29,8 @@ from experts.migrate import Migrator
 from router.placement import Placement
 
 GIB = 1 << 30
+ROWS_SAMPLED = 32
+STEPS_REMEMBERED = 256
 
 
 class Runner:
@@ -47,6 +52,8 @@ class Runner:
         self.migrator = migrator
         self.num_steps = 0
         self._server = server
+        self._step_seconds: deque[float] = deque(maxlen=STEPS_REMEMBERED)
+        self._last_end: float | None = None
 
     @staticmethod
     def load(config: ServeConfig, groups: ParallelGroups) -> Runner:
@@ -98,6 +105,14 @@ class Runner:
         finally:
             self.model.where.step = -1
             self.num_steps += 1
+            now = perf_counter()
+            if self._last_end is not None:
+                self._step_seconds.append(now - self._last_end)
+            self._last_end = now
+
+    def rest(self) -> None:
+        """This step has nothing to execute: the time until the next one is no step's."""
+        self._last_end = None
 
     @property
     def epoch(self) -> int:
@@ -136,6 +151,25 @@ class Runner:
             },
             "step_seconds": dict(self.timer.seconds),
             "memory": self.memory(),
+        }
+
+    def expert_stats(self) -> dict[str, Any]:
+        """What decides on placements, by expert layer. From any thread, maybe amid a step.
+
+        Since the start: "routed", the choices of each expert for this rank's own tokens, "served",
+        (token, expert) pairs computed here, and "migration", see `MigrationMetrics`. "rows": experts
+        of a few tokens of the latest batch. "step_seconds": of the last steps, from one execute's end
+        to the next one's.
+        """
+        moes = self.model.moe_layers
+        return {
+            "epoch": self.epoch,
+            "step": self.num_steps,
+            "routed": [moe.routed_E.tolist() for moe in moes],
+            "served": self.model.expert_load(),
+            "rows": [moe.recent_TK[:ROWS_SAMPLED].tolist() for moe in moes],
+            "step_seconds": list(self._step_seconds),
+            "migration": asdict(self.migrator.metrics),
         }
 
 

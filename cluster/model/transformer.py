@@ -9,6 +9,7 @@ Legend: T tokens of the replica, O own rows of them, H hidden, V vocabulary, L l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -169,25 +170,25 @@ class Transformer:
 
     def memory(self) -> dict[str, int]:
         """Bytes of weights on this rank: experts (routed), attention, and other."""
-        moe_layers = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoELayer)]
         total = self.rotary.num_bytes + tensor_bytes((self.embedding, self.norm))
         total += 0 if self.head is self.embedding else self.head.nbytes
         total += tensor_bytes(self.layers)
-        for moe in moe_layers:
+        for moe in self.moe_layers:
             total += tensor_bytes((moe.gate.weight_EH, moe.shared_expert))
             if moe.gate.correction_bias_E is not None:
                 total += moe.gate.correction_bias_E.nbytes
         attention = sum(tensor_bytes(layer.attention) for layer in self.layers)
-        experts = sum(moe.slots.num_bytes for moe in moe_layers)
+        experts = sum(moe.slots.num_bytes for moe in self.moe_layers)
         return {"experts": experts, "attention": attention, "other": total - attention}
 
     def expert_load(self) -> list[int]:
         """(token, expert) pairs computed so far on this rank, by expert layer."""
-        return [
-            int(layer.mlp.tokens_per_slot_S.sum())
-            for layer in self.layers
-            if isinstance(layer.mlp, MoELayer)
-        ]
+        return [int(moe.tokens_per_slot_S.sum()) for moe in self.moe_layers]
+
+    @cached_property
+    def moe_layers(self) -> tuple[MoELayer, ...]:
+        """The expert layers, in order."""
+        return tuple(layer.mlp for layer in self.layers if isinstance(layer.mlp, MoELayer))
 
 
 def build(
