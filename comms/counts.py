@@ -48,9 +48,13 @@ class CountExchange:
         self.pays = self._always or (max_tokens is not None and max_tokens >= _LEAST_TOKENS)
 
     def __call__(self, counts_E: Counts) -> BatchCounts:
-        """Raises ValueError for counts that are not one per expert, below 2**31."""
-        if counts_E.ndim != 1 or counts_E.max(initial=0) >= 1 << 31 or counts_E.min(initial=0) < 0:
-            raise ValueError(f"counts must be [E], in [0, 2**31), got shape {counts_E.shape}")
+        """Raises ValueError unless counts are one per expert and small enough to add up in a node."""
+        low, high = counts_E.min(initial=0), counts_E.max(initial=0)
+        if counts_E.ndim != 1 or low < 0 or high * self.groups.node.size >= 1 << 31:
+            raise ValueError(
+                f"counts must be [experts], from 0 to 2**31 / {self.groups.node.size} ranks, got "
+                f"shape {list(counts_E.shape)} with {low} to {high}"
+            )
         ranks_ME = self._gather("counts/node", self.groups.node, counts_E)
         nodes_NE = self._gather("counts/rail", self.groups.rail, ranks_ME.sum(axis=0))
         return BatchCounts(ranks_ME, nodes_NE)

@@ -79,6 +79,17 @@ def test_bad_value_names_field_and_allowed_values(override, parts):
         assert part in str(caught.value)
 
 
+def test_a_balanced_split_needs_sums_that_do_not_depend_on_it():
+    """Neither section is wrong by itself, so the message names both options."""
+    overrides = ["experts.split=balanced", "comms.combine=node"]
+    with pytest.raises(ConfigError) as caught:
+        ServeConfig.from_dict({"model": "m"}, overrides)
+    message = str(caught.value)
+    assert message.startswith("experts.split = 'balanced' with comms.combine = 'node'")
+    assert "set comms.combine to 'fixed' or 'exact', or experts.split to" in message
+    assert ServeConfig.from_dict({"model": "m"}, overrides[1:]).experts.split == "auto"
+
+
 def test_all_errors_are_reported_together():
     with pytest.raises(ConfigError) as caught:
         ServeConfig.from_dict({}, ["dtype=int8", "server.port=-1"])

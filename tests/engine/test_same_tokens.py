@@ -151,7 +151,7 @@ def test_ten_runs(rank_pool: RankPool) -> None:
 
 @pytest.mark.timeout(TIMEOUT_S)
 def test_layouts_dispatchers_and_placements_change_nothing(rank_pool: RankPool) -> None:
-    """Ring 2 in BF16, at one TP size: EP/DP layouts, dispatchers, redundant experts."""
+    """Ring 2 in BF16, at one TP size: EP/DP layouts, dispatchers, redundant experts and their split."""
     flat, low_latency = {"all2all_backend": "flat"}, {"all2all_backend": "low_latency"}
     configs = [
         config_for(1, 1),
@@ -161,6 +161,12 @@ def test_layouts_dispatchers_and_placements_change_nothing(rank_pool: RankPool) 
         config_for(2, 1, comms=flat),
         config_for(2, 1, comms=low_latency),
         config_for(2, 1, experts={"num_redundant_experts": 8}),
+        config_for(
+            2,
+            2,
+            parallel={"tensor_parallel_size": 1},
+            experts={"num_redundant_experts": 8, "split": "balanced"},
+        ),
     ]
     runs = [serve(rank_pool, config, watched(FEW_TOKENS)) for config in configs]
     assert all(run == runs[0] for run in runs)
