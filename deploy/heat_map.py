@@ -21,7 +21,7 @@ FloatArray = NDArray[np.float64]
 # A load relative to the mean is in class i when i of these are below it; class 3 is even.
 EDGES = (0.5, 0.8, 0.95, 1.05, 1.2, 1.5, 2.0)
 BLOCKS = "▁▂▃▄▅▆▇█"
-ASCII = ".:-=+*%@"
+ASCII = ",:-=+*%@"
 STYLES = ("blue", "blue", "cyan", "green", "yellow", "bold yellow", "red", "bold red")
 NUMBER_WIDTH = 5  # "1.02" and a space
 

@@ -4,9 +4,10 @@ Small clusters get a table of ranks x slots for every layer; what would not fit 
 one line per layer, and `--layer` shows a single one in full.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from deploy.bench import write_json
 from deploy.control_calls import ControlCalls, report
 
 _MAX_LINES = 100  # of tables for all layers
+_MAX_COLUMNS = 12  # one for each slot; the experts of more slots share a column
 _MAX_NAMED = 8  # replicated experts that a summary names
 
 
@@ -60,9 +62,11 @@ def placement_command(endpoint: str, layer: int | None, json_file: Path | None) 
         known = [number for view in views for number in view.layers]
         if layer not in known:
             held = f"{known[0]} to {known[-1]}" if known else "none"
-            console.print(f"--layer {layer}: no experts there; layers with experts: {held}")
+            print(
+                f"--layer {layer}: no experts there; layers with experts: {held}", file=sys.stderr
+            )
             return 2
-        views = [view for view in views if layer in view.layers]
+        views = [replace(view, layers=(layer,)) for view in views if layer in view.layers]
     console.print(_headline(answer))
     if not views:
         console.print("no layer with experts")
@@ -94,11 +98,9 @@ def fits(views: Sequence[LayerView], width: int) -> bool:
 def layer_table(view: LayerView, ranks_per_node: int) -> Table:
     """Ranks x slots; experts with more than one copy carry an asterisk."""
     copies = view.copies
-    wide = view.slots_per_rank > 12
-    columns = ["experts by slot"] if wide else [f"slot {i}" for i in range(view.slots_per_rank)]
-    if not wide and view.slots_per_rank > 6:
-        columns = [str(i) for i in range(view.slots_per_rank)]
-    table = Table(title=f"experts of {view.name}", title_justify="left")
+    wide = view.slots_per_rank > _MAX_COLUMNS
+    columns = ["experts"] if wide else [str(slot) for slot in range(view.slots_per_rank)]
+    table = Table(title=f"experts of {view.name} by slot", title_justify="left")
     for name in ("node", "rank"):
         table.add_column(name, justify="right")
     for name in columns:
@@ -112,20 +114,28 @@ def layer_table(view: LayerView, ranks_per_node: int) -> Table:
 
 
 def summary_table(views: Sequence[LayerView]) -> Table:
-    """One line per layer: copies beyond the first, empty slots, which experts have most copies."""
-    table = Table("layer", "redundant copies", "empty slots", "experts with most copies")
+    """One line per layer: copies beyond the first, empty slots, who has most copies."""
+    table = Table("layers", "redundant", "empty", "experts with most copies")
     for view in views:
         copies = view.copies
-        replicated = [(e, n) for e, n in copies.most_common() if n > 1]
-        named = "  ".join(f"{expert} x{n}" for expert, n in replicated[:_MAX_NAMED])
-        left = len(replicated) - _MAX_NAMED
         table.add_row(
             view.name.partition(" ")[2],
             str(copies.total() - len(copies)),
             str(view.experts.count(-1)),
-            named + (f"  and {left} more" if left > 0 else ""),
+            _most_copied(copies),
         )
     return table
+
+
+def _most_copied(copies: Counter[int]) -> str:
+    """As "3 of 17, 4; 2 of 0, 1, 2 and 56 more": how many copies of which experts."""
+    replicated = sorted((-n, expert) for expert, n in copies.items() if n > 1)
+    named = [
+        f"{-n} of {', '.join(str(expert) for _, expert in some)}"
+        for n, some in groupby(replicated[:_MAX_NAMED], key=lambda pair: pair[0])
+    ]
+    left = len(replicated) - _MAX_NAMED
+    return "; ".join(named) + (f" and {left} more" if left > 0 else "")
 
 
 def as_json(answer: pb.GetExpertPlacementResponse) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from cluster.server.client import ClientError
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
@@ -60,8 +61,9 @@ def _rebalance(
 ) -> int:
     before = _idle(calls)
     answer = calls.rebalance(request, _PLAN_TIMEOUT_S)
-    console.print(effect_table(answer))
-    console.print(totals(answer), highlight=False, soft_wrap=True)
+    if answer.layers:
+        console.print(effect_table(answer))
+    console.print(totals(answer), highlight=False, markup=False, soft_wrap=True)
     outcome = None
     if answer.started:
         try:
@@ -114,7 +116,7 @@ def watch(
                 raise WatchError(f"gave up watching after {lost_s:g} s: {why}")
             if doing and doing != told:
                 told = doing
-                status.update(told)
+                status.update(Text(told))
                 if not console.is_terminal:
-                    console.print(told, soft_wrap=True, highlight=False)
+                    console.print(told, highlight=False, markup=False, soft_wrap=True)
             time.sleep(_POLL_S)

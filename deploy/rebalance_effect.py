@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
@@ -11,21 +12,22 @@ _MIB = 2**20
 
 
 def effect_table(answer: pb.RebalanceResponse) -> Table:
-    """One line for each layer that changes; those that stay, together by reason."""
+    """One line for each layer that changes, and one for those that stay: the worst of them."""
     table = Table(title="imbalance (max / mean over ranks) by layer", title_justify="left")
     table.add_column("layer")
     for name in ("before", "after", "bound", "moves", "MiB"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("reason")
-    staying: dict[str, list[pb.LayerEffect]] = {}
     for layer in answer.layers:
         if layer.moves:
-            table.add_row(str(layer.layer), *_figures([layer]), layer.reason)
-        else:
-            staying.setdefault(layer.reason, []).append(layer)
-    table.add_section()
-    for reason, layers in staying.items():
-        table.add_row(ranges([layer.layer for layer in layers]), *_figures(layers), reason)
+            table.add_row(str(layer.layer), *_figures([layer]), escape(layer.reason))
+    staying = [layer for layer in answer.layers if not layer.moves]
+    if staying:
+        worst = max(staying, key=lambda layer: layer.imbalance_before)
+        table.add_section()
+        table.add_row(
+            ranges([layer.layer for layer in staying]), *_figures(staying), escape(worst.reason)
+        )
     return table
 
 

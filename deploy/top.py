@@ -35,6 +35,8 @@ def top_command(endpoint: str, interval_s: float, *, once: bool) -> int:
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             view.show(console)
+        except KeyboardInterrupt:
+            pass  # that is how people leave
         finally:
             signal.signal(signal.SIGTERM, previous)
     # The live view used the alternate screen; its last frame is worth keeping.
@@ -62,14 +64,16 @@ class LiveView:
         return Frame(self._snapshot, self._status)
 
     def show(self, console: Console) -> None:
-        """Until q or Ctrl-C; follows the size of the terminal."""
-        with pressed_keys() as key, Live(self.frame, console=console, screen=True) as live:
+        """Until q or KeyboardInterrupt; follows the size of the terminal, and leaves it as it was."""
+        live = Live(self.frame, console=console, screen=True)
+        with pressed_keys() as key:
             try:
+                live.start(refresh=True)
                 while key(self._interval_s) not in ("q", "Q"):
                     self.poll()
                     live.update(self.frame, refresh=True)
-            except KeyboardInterrupt:
-                return
+            finally:
+                live.stop()
 
     def poll(self) -> None:
         """Ask once; what was seen last stays when there is no answer."""

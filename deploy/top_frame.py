@@ -14,7 +14,7 @@ from rich.text import Text
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
 from deploy.rebalance_effect import size
 from deploy.top_load import SURROUNDINGS, load_lines, positive
-from deploy.top_replicas import replica_lines
+from deploy.top_replicas import TITLES, replica_lines
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ def frame_lines(
     snapshot: Snapshot, status: Text, width: int, height: int, *, ascii_only: bool = False
 ) -> list[Text]:
     """At most `height` lines of at most `width` characters; `status` is the last."""
-    num_ranks, num_replicas = len(snapshot.balance.ranks), len(snapshot.loads.replicas)
-    head, events = _head_lines(snapshot), _rebalance_lines(snapshot.balance, width)
-    others = len(head) + len(events) + SURROUNDINGS + 2  # 2: title of the replicas, status
-    room = max(2, height - others)
-    for_replicas = min(num_replicas, max(1, room // 3, room - num_ranks))
-    load = load_lines(snapshot.balance, width, room - for_replicas, ascii_only=ascii_only)
-    replicas = replica_lines(snapshot.loads, for_replicas, ascii_only=ascii_only)
+    balance, loads = snapshot.balance, snapshot.loads
+    head, events = _head_lines(snapshot), _rebalance_lines(balance, width)
+    # Rows of ranks and of replicas: what lines with a fixed place leave.
+    room = height - len(head) - len(events) - SURROUNDINGS - TITLES - 1
+    few = replica_lines(loads, max(1, room // 3, room - len(balance.ranks)), ascii_only=ascii_only)
+    load = load_lines(balance, width, room - len(few) + TITLES, ascii_only=ascii_only)
+    replicas = replica_lines(loads, room - len(load) + SURROUNDINGS, ascii_only=ascii_only)
     lines = _spaced([head, load, events, replicas], height - 1)[: max(0, height - 1)]
     lines.append(status.copy())
     for line in lines:

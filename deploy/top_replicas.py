@@ -7,6 +7,7 @@ from rich.text import Text
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
 from deploy.heat_map import even_bins, short
 
+TITLES = 1  # lines beside those of replicas
 _BAR = 16  # characters
 _SILENT_S = 5.0  # replicas report every second at least
 
