@@ -8,27 +8,24 @@ A prepared expert lies in memory of its own until `flip` puts it in force togeth
 says so. Nobody writes to weights that are, or ever were, in force. So at any moment, and whatever
 fails, a rank has one map and the weights that it names.
 
-L expert layers, S slots of all ranks, E logical experts.
+S slots of all ranks.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from comms.transfer import TransferClient, TransferError
+from experts.supply import ExpertSupply, SupplyError
 from experts.weights import ExpertSlots, ExpertWeights
 from router.placement import LayerPlacement, Placement
-
-ReadExpert = Callable[[int, int], ExpertWeights]
-"""(layer, expert) -> its weights from the checkpoint."""
 
 _CALL_OFF_S = 10.0  # for a fetch to notice; it looks twenty times a second
 
@@ -47,15 +44,12 @@ class HostsExperts(Protocol):
 
 @dataclass(kw_only=True)
 class MigrationMetrics:
-    """Since the start. bytes: fetched, by where they came from; flip_s is the step thread's time."""
+    """Since the start. flip_s is the step thread's time, prepare_s that of others."""
 
-    bytes: dict[str, int] = field(default_factory=lambda: {"node": 0, "remote": 0, "disk": 0})
-    experts: int = 0
     prepared: int = 0
     flipped: int = 0
     failed: int = 0
     abandoned: int = 0
-    retries: int = 0
     prepare_s: float = 0.0
     flip_s: float = 0.0
     longest_flip_s: float = 0.0
@@ -81,8 +75,8 @@ class _Staged:
 class Migrator:
     """One rank's part in migrations. `placement` is the one in force, the same on all ranks.
 
-    `flip` is for the thread that runs the layers, the rest for any other. fingerprints_LE: of every
-    expert's weights, what is fetched must have them. One placement is prepared at a time.
+    `flip` is for the thread that runs the layers, the rest for any other. One placement is prepared
+    at a time.
     """
 
     def __init__(
@@ -91,14 +85,11 @@ class Migrator:
         rank: int,
         placement: Placement,
         layers: Sequence[HostsExperts],
-        fingerprints_LE: NDArray[np.uint64],
-        client: TransferClient,
-        read_expert: ReadExpert,
+        supply: ExpertSupply,
     ) -> None:
         self.placement = placement
-        self.metrics = MigrationMetrics()
-        self._rank, self._layers, self._fingerprints_LE = rank, layers, fingerprints_LE
-        self._client, self._read_expert = client, read_expert
+        self._metrics = MigrationMetrics()
+        self._rank, self._layers, self._supply = rank, layers, supply
         self._lock = threading.Lock()  # held for a few assignments, never while anything is awaited
         self._staged: _Staged | None = None
         self._out_of_force: list[ExpertWeights] = []
@@ -107,6 +98,10 @@ class Migrator:
     def epoch(self) -> int:
         """In force."""
         return self.placement.epoch
+
+    def metrics(self) -> dict[str, Any]:
+        """The fields of `MigrationMetrics` and of `SupplyMetrics`."""
+        return {**asdict(self._metrics), **asdict(self._supply.metrics)}
 
     # -- in the background ---------------------------------------------------------------------
 
@@ -123,20 +118,20 @@ class Migrator:
         try:
             self._out_of_force.clear()  # here and not in `flip`: freeing much memory takes time
             for slot, expert in self._changes(staged):
-                staged.weights[slot] = self._held(layer, expert) or self._get(staged, expert)
+                staged.weights[slot] = self._weights(staged, expert)
             with self._lock:
                 if self._staged is not staged:
                     raise MigrationError(f"rank {self._rank}: epoch {epoch} was abandoned")
                 staged.ready = True
-                self.metrics.prepared += 1
+                self._metrics.prepared += 1
         except BaseException:
             with self._lock:
                 if self._staged is staged:  # else it was abandoned, and is counted as that
                     self._staged = None
-                    self.metrics.failed += 1
+                    self._metrics.failed += 1
             raise
         finally:
-            self.metrics.prepare_s += time.monotonic() - start
+            self._metrics.prepare_s += time.monotonic() - start
             staged.left.set()
 
     def abandon(self, epoch: int) -> bool:
@@ -151,7 +146,7 @@ class Migrator:
             if staged.committed:
                 raise MigrationError(f"rank {self._rank}: epoch {epoch} is committed already")
             self._staged = None
-            self.metrics.abandoned += 1
+            self._metrics.abandoned += 1
         staged.stop.set()
         staged.left.wait(_CALL_OFF_S)
         return True
@@ -188,9 +183,9 @@ class Migrator:
             self.placement = staged.placement
             self._staged = None
         seconds = time.perf_counter() - start
-        self.metrics.flipped += 1
-        self.metrics.flip_s += seconds
-        self.metrics.longest_flip_s = max(self.metrics.longest_flip_s, seconds)
+        self._metrics.flipped += 1
+        self._metrics.flip_s += seconds
+        self._metrics.longest_flip_s = max(self._metrics.longest_flip_s, seconds)
 
     # -- inside prepare ------------------------------------------------------------------------
 
@@ -224,75 +219,19 @@ class Migrator:
         then = staged.placement.experts_of_rank(staged.layer, self._rank)
         return [(slot, expert) for slot, expert in then.items() if now.get(slot) != expert]
 
-    def _held(self, layer: int, expert: int) -> ExpertWeights | None:
-        """The expert's weights if this rank has them in some slot already."""
-        for slot, mine in self.placement.experts_of_rank(layer, self._rank).items():
+    def _weights(self, staged: _Staged, expert: int) -> ExpertWeights:
+        """Those that this rank has in some slot already, or new ones."""
+        slots = self._layers[staged.layer].slots
+        for slot, mine in self.placement.experts_of_rank(staged.layer, self._rank).items():
             if mine == expert:
-                return self._layers[layer].slots[slot]
-        return None
-
-    def _get(self, staged: _Staged, expert: int) -> ExpertWeights:
-        """The expert's weights from the nearest holder that can give them, else from the disk."""
-        weights = self._layers[staged.layer].slots.new_weights()
-        failures = []
-        for slot in self._holders(staged.layer, expert):
-            source, local_slot = divmod(slot, self.placement.slots_per_rank)
-            now = time.monotonic()
-            try:
-                self._client.fetch(
-                    source,
-                    staged.layer,
-                    local_slot,
-                    weights.data,
-                    deadline=now + (staged.deadline - now) / 2,  # what is left is for another one
-                    stop=staged.stop,
-                )
-            except TransferError as error:
-                failures.append(str(error))
-            else:
-                if self._is(weights, staged.layer, expert):
-                    self._count("node" if self._is_near(source) else "remote", weights)
-                    return weights
-                failures.append(f"rank {source} sent other bytes than it was asked for")
-            self._check(staged, expert, failures)
-            self.metrics.retries += 1
+                return slots[slot]
+        into = slots.new_weights()
         try:
-            weights = self._read_expert(staged.layer, expert)
-        except (OSError, ValueError) as error:
-            failures.append(f"the checkpoint: {error}")
-        else:
-            if self._is(weights, staged.layer, expert):
-                self._check(staged, expert, failures)
-                self._count("disk", weights)
-                return weights
-            failures.append("the checkpoint holds other weights than were loaded")
-        raise self._cannot(staged, expert, failures)
-
-    def _holders(self, layer: int, expert: int) -> list[int]:
-        """Slots that hold the expert: of our node first, and different ones first for each rank."""
-        row = self.placement.physical_to_logical[layer]
-        slots = np.flatnonzero(row == expert).tolist()
-        slots = [slots[(self._rank + i) % len(slots)] for i in range(len(slots))]
-        return sorted(slots, key=lambda s: not self._is_near(s // self.placement.slots_per_rank))
-
-    def _is_near(self, rank: int) -> bool:
-        per_node = self.placement.ranks_per_node or self.placement.num_ranks
-        return rank // per_node == self._rank // per_node
-
-    def _is(self, weights: ExpertWeights, layer: int, expert: int) -> bool:
-        return weights.fingerprint() == int(self._fingerprints_LE[layer, expert])
-
-    def _count(self, source: str, weights: ExpertWeights) -> None:
-        self.metrics.bytes[source] += weights.num_bytes
-        self.metrics.experts += 1
-
-    def _check(self, staged: _Staged, expert: int, failures: Sequence[str]) -> None:
-        if staged.stop.is_set() or time.monotonic() > staged.deadline:
-            raise self._cannot(staged, expert, failures)
-
-    def _cannot(self, staged: _Staged, expert: int, failures: Sequence[str]) -> MigrationError:
-        why = "it was abandoned" if staged.stop.is_set() else "; ".join(failures)
-        return MigrationError(
-            f"rank {self._rank} cannot prepare epoch {staged.placement.epoch}: expert {expert} of "
-            f"expert layer {staged.layer} did not come: {why}"
-        )
+            return self._supply.get(
+                self.placement, staged.layer, expert, into, staged.deadline, staged.stop
+            )
+        except SupplyError as error:
+            epoch = staged.placement.epoch
+            raise MigrationError(
+                f"rank {self._rank} cannot prepare epoch {epoch}: {error}"
+            ) from error

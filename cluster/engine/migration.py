@@ -13,6 +13,7 @@ from comms.groups import ParallelGroups
 from comms.transfer import connect_transfers
 from comms.transfer_server import TransferServer
 from experts.migrate import Migrator
+from experts.supply import ExpertSupply
 from experts.weights import ExpertWeights
 from router.placement import Placement
 
@@ -48,12 +49,8 @@ def start_migrator(
     server, client = connect_transfers(
         groups, read_slot, bytes_per_s=config.eplb_config.bandwidth_mib_s * MIB
     )
-    migrator = Migrator(
-        rank=groups.rank,
-        placement=placement,
-        layers=layers,
-        fingerprints_LE=fingerprints_LE,
-        client=client,
-        read_expert=read_expert,
+    supply = ExpertSupply(
+        rank=groups.rank, fingerprints_LE=fingerprints_LE, client=client, read_expert=read_expert
     )
+    migrator = Migrator(rank=groups.rank, placement=placement, layers=layers, supply=supply)
     return migrator, server

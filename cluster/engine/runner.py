@@ -7,7 +7,6 @@ threads than the one that executes, `flip` by that one, between two steps.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
@@ -157,7 +156,7 @@ class Runner:
         """What decides on placements, by expert layer. From any thread, maybe amid a step.
 
         Since the start: "routed", the choices of each expert for this rank's own tokens, "served",
-        (token, expert) pairs computed here, and "migration", see `MigrationMetrics`. "rows": experts
+        (token, expert) pairs computed here, and "migration", see `Migrator.metrics`. "rows": experts
         of a few tokens of the latest batch. "step_seconds": of the last steps, from one execute's end
         to the next one's.
         """
@@ -169,7 +168,7 @@ class Runner:
             "served": self.model.expert_load(),
             "rows": [moe.recent_TK[:ROWS_SAMPLED].tolist() for moe in moes],
             "step_seconds": list(self._step_seconds),
-            "migration": asdict(self.migrator.metrics),
+            "migration": self.migrator.metrics(),
         }
 
 
