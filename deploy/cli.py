@@ -196,6 +196,24 @@ def bench_codecs(
     raise typer.Exit(codecs_command(model, json_file))
 
 
+@bench.command("balance")
+def bench_balance(
+    section: Annotated[
+        list[str] | None,
+        typer.Option(help="planned, served, real, drift or sends; repeat for several. [all]"),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="NPZ", help="Recorded routing: expert ids [tokens, layers, k]."),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """How even experts' loads become, and what moves for it, beside EPLB's plans."""
+    from deploy.bench_balance import balance_command
+
+    raise typer.Exit(balance_command(section or [], trace, json_file))
+
+
 @bench.command("step")
 def bench_step(
     overrides: Overrides = None,
