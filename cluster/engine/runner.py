@@ -29,7 +29,7 @@ from router.placement import Placement
 
 GIB = 1 << 30
 ROWS_SAMPLED = 32
-STEPS_REMEMBERED = 256
+STEPS_REMEMBERED = 4096
 
 
 class Runner:
