@@ -316,6 +316,28 @@ def bench_overlap(
     raise typer.Exit(overlap_command(hosts, limit, repeats, json_file))
 
 
+@bench.command("rebalance")
+def bench_rebalance(
+    overrides: Overrides = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each domain.")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 48,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw balancedness over time (.png, .svg)."),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Traffic that changes its subject, on a real cluster, with and without moving experts.
+
+    Exits 1 when a request was lost or a token differs.
+    """
+    from deploy.bench_rebalance import Load, rebalance_command
+
+    load = Load(requests=requests, concurrency=concurrency, max_tokens=max_tokens)
+    raise typer.Exit(rebalance_command(overrides or [], load, picture, json_file))
+
+
 @testbed.command("up")
 def up_testbed(
     hosts: Annotated[int, typer.Option(help="How many hosts.")] = 2,
