@@ -35,18 +35,24 @@ class Flow:
         self._order = self._peel()
 
     def fill(
-        self, tokens: Sequence[int], room: Sequence[int]
+        self, tokens: Sequence[int], room: Sequence[int], start: Sequence[int] = ()
     ) -> tuple[list[int], list[Bottleneck]]:
-        """Tokens on each edge, and why some were left over, if any were."""
+        """Tokens on each edge, and why some were left over, if any were.
+
+        start: a flow within tokens and room to begin with, nothing by default.
+        """
         left, room = list(tokens), list(room)
-        flow = [0] * len(self.experts)
+        flow = list(start) or [0] * len(self.experts)
+        for edge, amount in enumerate(start):
+            left[self.experts[edge]] -= amount
+            room[self.ranks[edge]] -= amount
         for edge, expert, rank, rivals in self._order:
             amount = left[expert]
             if rivals:
                 amount = amount * room[rank] // max(1, sum([room[r] for r in rivals]))
             if amount > room[rank]:
                 amount = room[rank]
-            flow[edge] = amount
+            flow[edge] += amount
             left[expert] -= amount
             room[rank] -= amount
         too_much = []

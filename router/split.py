@@ -49,6 +49,10 @@ class LayerSplit:
         self._edge_expert, self._edge_copy = np.nonzero(usable_EC[self._several])
         self._edge_rank = ranks_EC[self._several[self._edge_expert], self._edge_copy]
         self._edge_node = self._edge_rank * layer.slots_per_rank // layer.slots_per_node
+        node_and_expert = self._edge_node * len(self._several) + self._edge_expert
+        self._edge_rivals = np.bincount(node_and_expert)[
+            node_and_expert
+        ]  # on the node, one included
         self._node_AC = slots_EC[self._several] // layer.slots_per_node  # -1 stays -1
         self._first_on_node_AC = _first_alike(self._node_AC)
         self._flow = Flow(
@@ -78,15 +82,15 @@ class LayerSplit:
     def divide(self, counts_NE: IntArray, slack: float = 0.0) -> IntArray:
         """quotas [N, E, C]: how many tokens of each expert go from each node to each copy.
 
-        They add up to counts_NE, and no rank gets more than optimum * (1 + slack). Tokens stay on
-        their node as far as the quotas of its copies allow, which grow where a single rank has room
-        below that cap; chains of exchanges that would bring more home are not looked for.
+        They add up to counts_NE, and no rank gets more than optimum * (1 + slack). Under that cap
+        nearly as many tokens stay on their node as can: each rank first takes what is at home, and
+        only as much of it moves, by shortest paths, as others need to find a place.
         """
         counts_NE = np.asarray(counts_NE, dtype=np.int64)
         level, flow, base_R = self._solve(counts_NE.sum(axis=0))
         counts_NA = counts_NE[:, self._several]
         if len(counts_NE) > 1:
-            self._bring_home(flow, counts_NA, base_R, int(level * (1.0 + slack)))
+            flow = self._from_home(counts_NA, base_R, int(level * (1.0 + slack)))
         quotas_AC = np.zeros((len(self._several), self._max_copies), dtype=np.int64)
         quotas_AC[self._edge_expert, self._edge_copy] = flow
         quotas_NEC = np.zeros((*counts_NE.shape, self._max_copies), dtype=np.int64)
@@ -125,30 +129,17 @@ class LayerSplit:
 
     # -- who sends to which copy -------------------------------------------------------------
 
-    def _bring_home(
-        self, flow: list[int], counts_NA: IntArray, base_R: IntArray, level: int
-    ) -> None:
-        """Where a node would send out tokens of an expert it holds, use its ranks' room to `level`."""
-        lacking_NA = counts_NA.copy()
-        np.subtract.at(lacking_NA, (self._edge_node, self._edge_expert), flow)
+    def _from_home(self, counts_NA: IntArray, base_R: IntArray, level: int) -> list[int]:
+        """Tokens of each edge, no rank above `level`: first those of its own node, as far as they
+        fit beside each other, then all others."""
+        home = counts_NA[self._edge_node, self._edge_expert] // self._edge_rivals
+        wanted_R = np.zeros_like(base_R)
+        np.add.at(wanted_R, self._edge_rank, home)
         room_R = level * self._speeds_R // _UNIT - base_R
-        np.subtract.at(room_R, self._edge_rank, flow)
-        lacks = lacking_NA[self._edge_node, self._edge_expert] > 0
-        lacking, room = lacking_NA.tolist(), room_R.tolist()
-        edges = self._flow.edges_of_expert
-        nodes, ranks = self._edge_node.tolist(), self._flow.ranks
-        for edge in np.flatnonzero(lacks & (room_R[self._edge_rank] > 0)).tolist():
-            expert, node = self._flow.experts[edge], nodes[edge]
-            for other in edges[expert]:
-                surplus = min(flow[other], -lacking[nodes[other]][expert])
-                amount = min(surplus, lacking[node][expert], room[ranks[edge]])
-                if amount > 0:
-                    flow[edge] += amount
-                    flow[other] -= amount
-                    room[ranks[edge]] -= amount
-                    room[ranks[other]] += amount
-                    lacking[node][expert] -= amount
-                    lacking[nodes[other]][expert] += amount
+        home = home * np.minimum(room_R, wanted_R)[self._edge_rank]
+        home //= np.maximum(wanted_R, 1)[self._edge_rank]
+        flow, _ = self._flow.fill(counts_NA.sum(axis=0).tolist(), room_R.tolist(), home.tolist())
+        return flow
 
     def _by_source(self, quotas_AC: IntArray, counts_NA: IntArray) -> IntArray:
         """[N, A, C]: each node fills its own copies first, then what is left in ascending order."""
