@@ -1,8 +1,8 @@
 """Placements from loads: which slots hold which experts, for all layers at once.
 
-A plan without a current placement cuts each layer's load exactly (hub_ring.py, and exact_cut.py for
-loads that no ring fits). From a current placement it moves as little as it can: nothing while the
-re-split optimum, the best that dividing tokens over the present copies can do, meets the target.
+A plan without a current placement cuts each layer's load exactly (full_plan.py). From a current
+placement it moves as little as it can (few_moves.py): nothing while the re-split optimum, the best
+that dividing tokens over the present copies can do, meets the target.
 
 L layers, E logical experts, R ranks, N nodes, S slots of all ranks.
 """
@@ -15,15 +15,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from router.exact_cut import exact_cut
-from router.hub_ring import hub_ring
+from router.few_moves import few_moves
+from router.full_plan import full_plan
 from router.load import ExpertLoad
 from router.placement import IntArray, Placement, settle
-from router.split import LayerSplit
+from router.ranks import Ranks, num_moves, whole
 
 FloatArray = NDArray[np.float64]
 
-_WHOLE = 1 << 30  # a layer's load as integers for LayerSplit, whatever its unit was
+_WORTH = 2e-4  # how much a move of a full plan should lower the imbalance, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,22 +78,6 @@ class Plan:
         return sum(layer.moves for layer in self.layers)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Cluster:
-    num_ranks: int
-    num_nodes: int
-    slots_per_rank: int
-    speed_R: FloatArray
-    """Mean 1."""
-
-    @property
-    def ranks_by_position(self) -> IntArray:
-        """Neighbours are on different nodes."""
-        position = np.arange(self.num_ranks)
-        per_node = self.num_ranks // self.num_nodes
-        return position % self.num_nodes * per_node + position // self.num_nodes
-
-
 def plan(
     load: ExpertLoad,
     *,
@@ -109,13 +93,13 @@ def plan(
     fit, naming them.
     """
     options = options or PlanOptions()
-    cluster = _cluster(load, num_ranks, slots_per_rank, ranks_per_node, current, options)
+    ranks = _ranks(load, num_ranks, slots_per_rank, ranks_per_node, current, options)
     sigma_LE = np.zeros_like(load.mean_LE) if load.sigma_LE is None else load.sigma_LE
     rows, layers = [], []
     for layer, (mean_E, sigma_E) in enumerate(zip(load.mean_LE, sigma_LE, strict=True)):
         mean_E = mean_E if mean_E.any() else np.ones_like(mean_E)
         present = None if current is None else current.physical_to_logical[layer]
-        row, explained = _plan_layer(mean_E, sigma_E, present, cluster, options)
+        row, explained = _plan_layer(mean_E, sigma_E, present, ranks, options)
         rows.append(row)
         layers.append(explained)
     placement = Placement(
@@ -128,14 +112,14 @@ def plan(
     return Plan(placement=placement, layers=tuple(layers))
 
 
-def _cluster(
+def _ranks(
     load: ExpertLoad,
     num_ranks: int,
     slots_per_rank: int,
     ranks_per_node: int | None,
     current: Placement | None,
     options: PlanOptions,
-) -> _Cluster:
+) -> Ranks:
     layers, experts = load.mean_LE.shape
     per_node = num_ranks if ranks_per_node is None else ranks_per_node
     if min(num_ranks, slots_per_rank, per_node) < 1 or num_ranks % per_node:
@@ -161,8 +145,7 @@ def _cluster(
     speed_R = np.asarray(options.rank_speeds or np.ones(num_ranks), dtype=np.float64)
     if speed_R.shape != (num_ranks,) or not np.isfinite(speed_R).all() or speed_R.min() <= 0:
         raise ValueError(f"rank_speeds must be {num_ranks} positive numbers, got {speed_R}")
-    return _Cluster(
-        num_ranks=num_ranks,
+    return Ranks(
         num_nodes=num_ranks // per_node,
         slots_per_rank=slots_per_rank,
         speed_R=speed_R / speed_R.mean(),
@@ -172,111 +155,55 @@ def _cluster(
 def _plan_layer(
     mean_E: FloatArray,
     sigma_E: FloatArray,
-    present: IntArray | None,
-    cluster: _Cluster,
+    present_S: IntArray | None,
+    ranks: Ranks,
     options: PlanOptions,
 ) -> tuple[IntArray, LayerPlan]:
-    bound = _lower_bound(mean_E, cluster)
-    before = 0.0
-    if present is not None:
-        before = imbalance(present, mean_E, cluster)
-        if before <= options.target:
-            reason = f"kept: re-split optimum {before:.3f} <= target {options.target:.3f}"
-            return present, LayerPlan(imbalance=before, lower_bound=bound, moves=0, reason=reason)
-    bins, exact = _cut(mean_E, mean_E + options.z * sigma_E, cluster)
-    row = np.full((cluster.num_ranks, cluster.slots_per_rank), -1)
-    for rank, experts in enumerate(bins):
-        row[rank, : len(experts)] = experts
-    row = _fill(row, mean_E + options.z * sigma_E, cluster)
-    flat = row.ravel()
-    after = 1.0 if exact else imbalance(flat, mean_E, cluster)
-    moves, reason = 0, f"full plan: {after:.3f}"
-    if present is not None:
-        flat = settle(present, flat, cluster.slots_per_rank)
-        moves = num_moves(present, flat, cluster.slots_per_rank)
-        reason = f"full plan, {moves} moves: {before:.3f} -> {after:.3f}"
-    return flat, LayerPlan(imbalance=after, lower_bound=bound, moves=moves, reason=reason)
+    bound, score_E = _lower_bound(mean_E, ranks), mean_E + options.z * sigma_E
+    if present_S is None:
+        row_S, after = full_plan(mean_E, score_E, ranks)
+        reason = f"full plan: {after:.3f}"
+        return row_S, LayerPlan(imbalance=after, lower_bound=bound, moves=0, reason=reason)
+
+    before = ranks.imbalance(present_S, mean_E)
+    if before <= options.target:
+        reason = f"kept: re-split optimum {before:.3f} <= target {options.target:.3f}"
+        return present_S, LayerPlan(imbalance=before, lower_bound=bound, moves=0, reason=reason)
+
+    most = ranks.num_slots if options.max_moves is None else options.max_moves
+    row_S, moves, reached = _moved(mean_E, present_S, ranks, options.target, most)
+    after = ranks.imbalance(row_S, mean_E)
+    if not reached:
+        anew_S, imbalance = full_plan(mean_E, score_E, ranks, present_S)
+        all_moves = num_moves(present_S, anew_S, ranks.slots_per_rank)
+        if all_moves <= most and after - imbalance > _WORTH * (all_moves - moves):
+            reason = f"full plan, {all_moves} moves: {before:.3f} -> {imbalance:.3f}"
+            return anew_S, LayerPlan(
+                imbalance=imbalance, lower_bound=bound, moves=all_moves, reason=reason
+            )
+    if after >= before:
+        reason = f"kept: no {most} moves improve on {before:.3f}"
+        return present_S, LayerPlan(imbalance=before, lower_bound=bound, moves=0, reason=reason)
+    short = "" if reached else f", target {options.target:.3f} not reached"
+    reason = f"{moves} moves: {before:.3f} -> {after:.3f}{short}"
+    return row_S, LayerPlan(imbalance=after, lower_bound=bound, moves=moves, reason=reason)
 
 
-def imbalance(row_S: IntArray, load_E: FloatArray, cluster: _Cluster) -> float:
-    placement = Placement(
-        physical_to_logical=row_S[None],
-        num_experts=len(load_E),
-        num_ranks=cluster.num_ranks,
-        ranks_per_node=cluster.num_ranks // cluster.num_nodes,
+def _moved(
+    mean_E: FloatArray, present_S: IntArray, ranks: Ranks, target: float, most: int
+) -> tuple[IntArray, int, bool]:
+    """(row after moves, how many experts moved, whether the target is reached)."""
+    load_E = whole(mean_E)
+    caps_R = (load_E.sum() / ranks.num_ranks * target * ranks.speed_R).astype(np.int64)
+    slots, reached = few_moves(
+        present_S.reshape(ranks.num_ranks, -1).tolist(), load_E.tolist(), caps_R.tolist(), most
     )
-    tokens_E = np.rint(load_E * (_WHOLE / load_E.sum())).astype(np.int64)
-    return LayerSplit(placement.layer(0), cluster.speed_R).imbalance(tokens_E)
+    row_S = settle(present_S, np.array(slots).ravel(), ranks.slots_per_rank)
+    return row_S, num_moves(present_S, row_S, ranks.slots_per_rank), reached
 
 
-def num_moves(present: IntArray, target: IntArray, slots_per_rank: int) -> int:
-    """Experts that a rank holds in `target` and not in `present`."""
-    held = zip(
-        present.reshape(-1, slots_per_rank).tolist(),
-        target.reshape(-1, slots_per_rank).tolist(),
-        strict=True,
-    )
-    return sum(len(set(new) - set(old) - {-1}) for old, new in held)
-
-
-def _lower_bound(mean_E: FloatArray, cluster: _Cluster) -> float:
+def _lower_bound(mean_E: FloatArray, ranks: Ranks) -> float:
     """The mean, or an expert whose copies, as many as slots and ranks allow, are not enough."""
-    copies = cluster.num_ranks * cluster.slots_per_rank - len(mean_E) + 1
-    fastest = np.sort(cluster.speed_R)[::-1][:copies].sum()
-    return max(1.0, float(mean_E.max() * cluster.num_ranks / (mean_E.sum() * fastest)))
-
-
-def _cut(
-    mean_E: FloatArray, score_E: FloatArray, cluster: _Cluster
-) -> tuple[list[list[int]], bool]:
-    """The experts of each rank, and whether they are known to carry the mean exactly."""
-    capacity_R = cluster.speed_R * (mean_E.sum() / cluster.num_ranks)
-    order = cluster.ranks_by_position
-    if cluster.slots_per_rank == 1:  # nothing can share a rank
-        alone = dict(zip(order.tolist(), range(len(mean_E)), strict=False))
-        return [[alone[r]] if r in alone else [] for r in range(cluster.num_ranks)], False
-    ring = hub_ring(mean_E, score_E, capacity_R, cluster.slots_per_rank, order)
-    spare = cluster.num_ranks * cluster.slots_per_rank - len(mean_E)
-    if ring.margin > 0 or spare < cluster.num_ranks - 1:
-        return ring.experts_of_rank, ring.margin > 0 and spare >= cluster.num_ranks - 1
-    even = bool((cluster.speed_R == cluster.speed_R[0]).all())
-    cut = exact_cut(mean_E.tolist(), capacity_R[order].tolist(), cluster.slots_per_rank)
-    return _spread(cut, cluster), even
-
-
-def _spread(cut: list[list[int]], cluster: _Cluster) -> list[list[int]]:
-    """Bins to ranks of their speed, on nodes that have none of their experts if there is one."""
-    bins: list[list[int]] = [[] for _ in cut]
-    order = cluster.ranks_by_position.tolist()
-    per_node = cluster.num_ranks // cluster.num_nodes
-    on_node: list[set[int]] = [set() for _ in range(cluster.num_nodes)]
-    for experts, speed in zip(cut, cluster.speed_R[order].tolist(), strict=True):
-        rank = min(
-            (r for r in order if cluster.speed_R[r] == speed),
-            key=lambda r: len(on_node[r // per_node].intersection(experts)),
-        )
-        bins[rank] = experts
-        on_node[rank // per_node].update(experts)
-        order.remove(rank)
-    return bins
-
-
-def _fill(row_RS: IntArray, score_E: FloatArray, cluster: _Cluster) -> IntArray:
-    """Slots that are left over get copies of the experts with the highest score per copy."""
-    copies_E = np.bincount(row_RS[row_RS >= 0], minlength=len(score_E))
-    by_node = row_RS.reshape(cluster.num_nodes, -1)
-    per_node = cluster.num_ranks // cluster.num_nodes
-    order = cluster.ranks_by_position
-    for position, slot in np.argwhere(row_RS[order] < 0).tolist():
-        rank = order[position]
-        here = by_node[rank // per_node]
-        allowed = copies_E >= cluster.num_nodes  # already on every node
-        on_node = np.zeros(len(score_E), dtype=bool)
-        on_node[here[here >= 0]] = True
-        allowed |= ~on_node
-        allowed[row_RS[rank][row_RS[rank] >= 0]] = False
-        if allowed.any():
-            expert = int(np.where(allowed, score_E / copies_E, -1.0).argmax())
-            row_RS[rank, slot] = expert
-            copies_E[expert] += 1
-    return row_RS
+    copies = ranks.num_slots - len(mean_E) + 1
+    fastest = np.sort(ranks.speed_R)[::-1][:copies].sum()
+    return max(1.0, float(mean_E.max() * ranks.num_ranks / (mean_E.sum() * fastest)))

@@ -1,0 +1,130 @@
+"""One layer planned from nothing: every rank's share of the load cut exactly, every slot used.
+
+E experts, R ranks, N nodes, S slots of all ranks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.exact_cut import exact_cut
+from router.hub_ring import hub_ring
+from router.placement import IntArray, settle
+from router.ranks import Ranks
+
+FloatArray = NDArray[np.float64]
+
+
+class FullPlan(NamedTuple):
+    """row_S: physical_to_logical. imbalance: max / mean of the ranks' planned loads."""
+
+    row_S: IntArray
+    imbalance: float
+
+
+def full_plan(
+    load_E: FloatArray, score_E: FloatArray, ranks: Ranks, present_S: IntArray | None = None
+) -> FullPlan:
+    """Plan for load_E. score_E: who should have copies first. `present_S`: what should stay."""
+    bins, exact = _cut(load_E, score_E, ranks)
+    row_RS = np.full((ranks.num_ranks, ranks.slots_per_rank), -1)
+    for rank, experts in enumerate(bins):
+        row_RS[rank, : len(experts)] = experts
+    if present_S is not None:
+        row_RS = row_RS[_most_in_place(row_RS, present_S, ranks)]
+    _fill(row_RS, score_E, ranks)
+    row_S = row_RS.ravel()
+    if present_S is not None:
+        row_S = settle(present_S, row_S, ranks.slots_per_rank)
+    return FullPlan(row_S, 1.0 if exact else ranks.imbalance(row_S, load_E))
+
+
+def _cut(load_E: FloatArray, score_E: FloatArray, ranks: Ranks) -> tuple[list[list[int]], bool]:
+    """The experts of each rank, and whether all ranks are known to carry what they should."""
+    if ranks.slots_per_rank == 1:  # nobody can share a rank
+        alone: list[list[int]] = [[] for _ in range(ranks.num_ranks)]
+        for expert, rank in enumerate(ranks.striped[: len(load_E)].tolist()):
+            alone[rank].append(expert)
+        return alone, False
+    capacity_R = ranks.capacity_R(load_E)
+    ring = hub_ring(load_E, score_E, capacity_R, ranks.slots_per_rank, ranks.striped)
+    enough = ranks.num_slots - len(load_E) >= ranks.num_ranks - 1
+    if ring.margin > 0 or not enough:
+        return ring.experts_of_rank, enough
+    cut = exact_cut(load_E.tolist(), capacity_R[ranks.striped].tolist(), ranks.slots_per_rank)
+    return _spread(cut, ranks), len(set(ranks.speed_R.tolist())) == 1
+
+
+def _spread(cut: list[list[int]], ranks: Ranks) -> list[list[int]]:
+    """Shares of ranks.striped to ranks of that speed, on nodes with as few of the same experts as
+    can be found by going through them once."""
+    of_rank: list[list[int]] = [[] for _ in cut]
+    on_node: list[set[int]] = [set() for _ in range(ranks.num_nodes)]
+    speeds = ranks.speed_R.tolist()
+    left = ranks.striped.tolist()
+    for experts, like in zip(cut, ranks.striped.tolist(), strict=True):
+        rank = min(
+            (r for r in left if speeds[r] == speeds[like]),
+            key=lambda r: len(on_node[r // ranks.ranks_per_node].intersection(experts)),
+        )
+        left.remove(rank)
+        of_rank[rank] = experts
+        on_node[rank // ranks.ranks_per_node].update(experts)
+    return of_rank
+
+
+def _most_in_place(row_RS: IntArray, present_S: IntArray, ranks: Ranks) -> IntArray:
+    """Which planned rank each rank should become, so that many experts stay. Nodes stay together."""
+    speeds = ranks.speed_R.reshape(ranks.num_nodes, -1)
+    if (
+        not np.array_equal(speeds, np.broadcast_to(speeds[:, :1], speeds.shape))
+        or len(set(speeds[:, 0].tolist())) > 1
+    ):
+        return np.arange(ranks.num_ranks)
+    common_RR = _has(present_S.reshape(row_RS.shape)) @ _has(row_RS).T
+    nodes = (ranks.num_nodes, ranks.ranks_per_node) * 2
+    common_NN = common_RR.reshape(nodes).max(axis=3).sum(axis=1)
+    become = np.empty(ranks.num_ranks, dtype=np.int64)
+    for node, planned in _pairs(common_NN):
+        here = slice(node * ranks.ranks_per_node, (node + 1) * ranks.ranks_per_node)
+        there = slice(planned * ranks.ranks_per_node, (planned + 1) * ranks.ranks_per_node)
+        for rank, planned_rank in _pairs(common_RR[here, there]):
+            become[here.start + rank] = there.start + planned_rank
+    return become
+
+
+def _has(row_RS: IntArray) -> IntArray:
+    """[R, E]: 1 where the rank holds the expert."""
+    has_RE = np.zeros((len(row_RS), int(row_RS.max()) + 2), dtype=np.int64)
+    has_RE[np.arange(len(row_RS))[:, None], row_RS] = 1
+    return has_RE[:, :-1]  # -1 went last
+
+
+def _pairs(common: IntArray) -> list[tuple[int, int]]:
+    """Rows with columns, those with the most in common first."""
+    pairs, common = [], common.copy()
+    for _ in common:
+        row, column = divmod(int(common.argmax()), common.shape[1])
+        pairs.append((row, column))
+        common[row], common[:, column] = -1, -1
+    return pairs
+
+
+def _fill(row_RS: IntArray, score_E: FloatArray, ranks: Ranks) -> None:
+    """Slots that are left over get copies of the experts with the highest score per copy, each on a
+    node that has none, or of experts that all nodes have."""
+    copies_E = np.bincount(row_RS[row_RS >= 0], minlength=len(score_E))
+    by_node = row_RS.reshape(ranks.num_nodes, -1)
+    for position, slot in np.argwhere(row_RS[ranks.striped] < 0).tolist():
+        rank = int(ranks.striped[position])
+        missing_E = np.ones(len(score_E) + 1, dtype=bool)
+        missing_E[by_node[rank // ranks.ranks_per_node]] = False
+        missing_E[:-1] |= copies_E >= ranks.num_nodes
+        missing_E[row_RS[rank]] = False
+        if missing_E[:-1].any():
+            expert = int(np.where(missing_E[:-1], score_E / copies_E, -1.0).argmax())
+            row_RS[rank, slot] = expert
+            copies_E[expert] += 1
