@@ -29,6 +29,8 @@ BATCH_TOKENS = 1024
 SHIFT_BATCHES = 40
 MOVES_PER_BATCH = 64
 """Of all layers together: four experts arrive at each rank while a batch runs."""
+POLICY = PolicyOptions()
+PLAN = PlanOptions(target=POLICY.target)
 RECOVERED = 1.10
 SEED = 20262
 
@@ -158,7 +160,7 @@ class Migrating:
     def __init__(self, placement: Placement, moves_per_batch: int) -> None:
         self.placement, self.moves_per_batch = placement, moves_per_batch
         self.num_moves = 0
-        self._policy = Policy(PolicyOptions())
+        self._policy = Policy(POLICY)
         self._served = Served(placement)
         self._target, self._missing = placement, 0
 
@@ -176,8 +178,7 @@ class Migrating:
         return imbalance_L
 
     def _start(self, layer: int, window: LoadWindow) -> None:
-        options = PlanOptions(target=self._policy.options.target)
-        rows = replanned(window.estimate(), self.placement, [layer], options)
+        rows = replanned(window.estimate(), self.placement, [layer], PLAN)
         self._target = self.placement.with_layers(rows)
         self._missing = len(self._target.moves_from(self.placement))
 
