@@ -1,16 +1,15 @@
 """`expertmesh bench ...`: run a measurement, show a table, write the JSON."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ConfigError
 from comms.trace_file import TraceError, check_path
+from deploy.json_file import write_json
 from deploy.settings import read_config
 from simulations import bench_collectives, bench_step
 
@@ -61,9 +60,3 @@ def step_command(
         print(f"wrote {trace_file}: open it in https://ui.perfetto.dev or chrome://tracing")
     write_json(json_file, report)
     return 0
-
-
-def write_json(path: Path | None, report: dict[str, Any]) -> None:
-    """Write a report for programs, if the user asked for one."""
-    if path is not None:
-        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deploy.bench import write_json
+from deploy.json_file import write_json
 from simulations import bench_balance
 
 TIGHT = (0, 1, 0, 0)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.model.errors import CheckpointError, UnsupportedModelError
-from deploy.bench import write_json
+from deploy.json_file import write_json
 from simulations import bench_codecs
 
 MOSAIC = Path(__file__).parent / "models" / "mosaic"

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from comms.trace_file import TraceError, check_path
-from deploy.bench import write_json
+from deploy.json_file import write_json
 from simulations import bench_dispatch, bench_latency, bench_overlap
 from simulations.moe_layer import Workload
 from simulations.testbed import TestbedError

@@ -22,9 +22,9 @@ from rich.table import Table
 
 from cluster.config import ServeConfig
 from cluster.server.client import AsyncClient, ClientError
-from deploy.bench import write_json
 from deploy.cluster import RunningCluster, running_cluster
 from deploy.exit_code import exit_code_of
+from deploy.json_file import write_json
 from deploy.local_ray import local_ray
 from deploy.models.domain_prompts import DOMAIN_PROMPTS
 from deploy.picture import draw_balance

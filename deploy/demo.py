@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.server.client import AsyncClient
-from deploy.bench import write_json
 from deploy.cluster import RunningCluster, running_cluster
 from deploy.exit_code import exit_code_of
+from deploy.json_file import write_json
 from deploy.local_ray import local_ray
 from deploy.models.prompts import DEMO_PROMPTS, DemoPrompt
 from deploy.serve import cpus_for

@@ -18,8 +18,8 @@ from rich.text import Text
 
 from cluster.server.client import ClientError
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
-from deploy.bench import write_json
 from deploy.control_calls import ControlCalls, report
+from deploy.json_file import write_json
 
 _MAX_LINES = 100  # of tables for all layers
 _MAX_COLUMNS = 12  # one for each slot; the experts of more slots share a column

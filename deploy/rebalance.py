@@ -15,8 +15,8 @@ from rich.text import Text
 
 from cluster.server.client import ClientError
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
-from deploy.bench import write_json
 from deploy.control_calls import ControlCalls, read_token, report
+from deploy.json_file import write_json
 from deploy.rebalance_effect import Outcome, as_json, effect_table, totals
 
 _PLAN_TIMEOUT_S = 120.0

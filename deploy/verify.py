@@ -21,7 +21,7 @@ from cluster.engine.sampling_params import SamplingParams
 from cluster.model.config import ModelConfig
 from cluster.model.errors import CheckpointError, UnsupportedModelError
 from comms.launch import RankPool
-from deploy.bench import write_json
+from deploy.json_file import write_json
 
 MAX_LOGIT_DIFF = 1e-4
 PROMPT_LENGTHS = (5, 17, 48)
