@@ -58,7 +58,7 @@ class TransferServer:
         self._serving: dict[socket.socket, threading.Thread] = {}
         self._listener = socket.create_server((host, 0), family=family_of(host), backlog=64)
         self.port: int = self._listener.getsockname()[1]
-        self._accepting = _start("transfer-accept", self._accept)
+        self._accepting = _start(f"transfer-accept:{self.port}", self._accept)
 
     def close(self) -> None:
         """Cut what is being served, end all threads, free the port."""
@@ -84,7 +84,7 @@ class TransferServer:
                 if self._stop.is_set() or len(self._serving) >= _MAX_CONNECTIONS:
                     sock.close()
                 else:
-                    self._serving[sock] = _start("transfer-serve", self._serve, sock)
+                    self._serving[sock] = _start(f"transfer-serve:{self.port}", self._serve, sock)
 
     def _serve(self, sock: socket.socket) -> None:
         try:
