@@ -101,8 +101,9 @@ class ExpertsConfig(Section):
     num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 16)] = 0
     split: SplitMode = "auto"
     """How tokens divide over an expert's copies. static: by the rank they come from. balanced: so
-    that ranks end up as even as each batch allows. auto: balanced where it pays, in steps large
-    enough and unless comms.combine is node."""
+    that ranks end up as even as each batch allows. activated: so that they end up with alike many
+    experts to read, for decoding bound by memory. auto: balanced in steps large enough to gain by
+    it, and static with comms.combine node."""
 
 
 class EplbConfig(Section):
@@ -221,9 +222,10 @@ class ServeConfig(Section):
 
     @model_validator(mode="after")
     def _sums_do_not_depend_on_copies_that_the_batch_chooses(self) -> Self:
-        if self.experts.split == "balanced" and self.comms.combine == "node":
+        split = self.experts.split
+        if split in ("balanced", "activated") and self.comms.combine == "node":
             raise ValueError(
-                "experts.split = 'balanced' with comms.combine = 'node': the batch would decide "
+                f"experts.split = {split!r} with comms.combine = 'node': the batch would decide "
                 "where sums are rounded, so a request's tokens would depend on its company; set "
                 "comms.combine to 'fixed' or 'exact', or experts.split to 'auto' or 'static'"
             )

@@ -17,10 +17,6 @@ from comms.group import Group
 
 Counts = NDArray[np.int64]
 
-# Of a rank with the most. Below it, an exchange of counts takes longer than ranks wait for the one
-# with the most work; see `expertmesh bench balance`.
-_LEAST_TOKENS = 64
-
 
 class BatchCounts(NamedTuple):
     """ranks_ME: of each rank of my node; nodes_NE: sums of each node. The same for all it concerns."""
@@ -33,19 +29,12 @@ class CountExchange:
     """Of one rank, shared by all layers; booked with its dispatcher as stages "counts/...".
 
     Collective over the world, in the order of dispatches: where one is in flight, the exchange
-    waits for its bytes. `pays`: whether this step is large enough to be worth it, the same on every
-    rank; `always` means every step is.
+    waits for its bytes.
     """
 
-    def __init__(self, dispatcher: BaseDispatcher, *, always: bool = False) -> None:
+    def __init__(self, dispatcher: BaseDispatcher) -> None:
         self._dispatcher = dispatcher
         self.groups = dispatcher.groups
-        self._always = always
-        self.pays = always
-
-    def expect(self, max_tokens: int | None) -> None:
-        """No rank has more tokens in the coming step (None: unknown), as for the dispatcher."""
-        self.pays = self._always or (max_tokens is not None and max_tokens >= _LEAST_TOKENS)
 
     def __call__(self, counts_E: Counts) -> BatchCounts:
         """Raises ValueError unless counts are one per expert and small enough to add up in a node."""

@@ -1,6 +1,6 @@
 """Which copy of an expert each token goes to: by a fixed table, or so that the batch comes out even.
 
-T my tokens, K experts per token, E logical experts.
+T my tokens, K experts per token, N nodes, E logical experts, C copies.
 """
 
 from typing import Literal, Protocol
@@ -14,25 +14,48 @@ from router.placement import LayerPlacement
 from router.slots import choose_by_share, share_of_rank
 from router.split import LayerSplit
 
-SplitMode = Literal["auto", "static", "balanced"]
+SplitMode = Literal["auto", "static", "balanced", "activated"]
 
-_SLACK = 0.02  # of the least maximum, spent on tokens that stay on their node
+# Of a CPU: two small exchanges and the division; what a rank computes; and the part of that for which
+# ranks otherwise wait for the one with the most.
+_EXCHANGE_S = 0.7e-3
+_FLOP_PER_S = 50e9
+_SAVED = 0.2
 
 
-def count_exchange(mode: SplitMode, dispatcher: BaseDispatcher) -> CountExchange | None:
-    """What balanced choices need; None: all layers choose statically.
+class Balance:
+    """What the balanced choices of all layers share: the exchange of counts, and when to use it.
 
-    auto: balanced in steps large enough, where the combine's bits do not depend on the copies;
-    balanced: in all steps. Raises ValueError for "balanced" with combine "node".
+    auto: in steps in which it takes less time than it saves, by the floating-point operations of a
+    token's experts; balanced and activated: in all.
     """
-    if mode == "balanced" and dispatcher.combine_mode == "node":
+
+    def __init__(self, exchange: CountExchange, mode: SplitMode, token_flop: float) -> None:
+        self.exchange, self.mode = exchange, mode
+        links = exchange.groups.links
+        cost_s = _EXCHANGE_S + (links.latency_s if links else 0.0)
+        self._least_tokens = cost_s / _SAVED * _FLOP_PER_S / max(1.0, token_flop)
+        self.expect(None)
+
+    def expect(self, max_tokens: int | None) -> None:
+        """No rank has more tokens in the coming step (None: unknown), the same on every rank."""
+        is_large = max_tokens is not None and max_tokens >= self._least_tokens
+        self.applies = is_large or self.mode != "auto"
+
+
+def make_balance(mode: SplitMode, dispatcher: BaseDispatcher, token_flop: float) -> Balance | None:
+    """None where all layers choose statically: in mode static, and in auto with combine "node".
+
+    Raises ValueError for the other modes with "node", whose sums depend on the choice.
+    """
+    if mode == "static" or (mode == "auto" and dispatcher.combine_mode == "node"):
+        return None
+    if dispatcher.combine_mode == "node":
         raise ValueError(
-            'split "balanced" needs combine "fixed" or "exact": with "node" the batch would decide '
+            f'split "{mode}" needs combine "fixed" or "exact": with "node" the batch would decide '
             "where sums are rounded"
         )
-    if mode == "static" or dispatcher.combine_mode == "node":
-        return None
-    return CountExchange(dispatcher, always=mode == "balanced")
+    return Balance(CountExchange(dispatcher), mode, token_flop)
 
 
 class SlotChoice(Protocol):
@@ -53,25 +76,30 @@ class StaticChoice:
 
 
 class BalancedChoice:
-    """The batch's own counts decide: ranks end up as even as the copies allow.
+    """The batch's own counts decide: ranks end up as even as the copies allow, in tokens or (mode
+    activated) in experts that have any.
 
-    Where no expert has copies on two ranks, or the step is too small to be worth the exchange, it is
-    the static choice; every rank sees both alike. The split follows the placement it is given.
+    Where no expert has copies on two ranks, or the step is too small, it is the static choice; all
+    ranks see both alike. The split follows whatever placement it is given.
     """
 
-    def __init__(self, exchange: CountExchange, static: StaticChoice) -> None:
-        self._exchange, self._static = exchange, static
+    def __init__(self, balance: Balance, static: StaticChoice) -> None:
+        self._balance, self._static = balance, static
         self._split: LayerSplit | None = None
 
     def choose(self, ids_TK: Tensor, counts_E: Tensor, layer: LayerPlacement) -> Tensor:
         if self._split is None or self._split.layer is not layer:
             self._split = LayerSplit(layer)
-        if not self._exchange.pays or not self._split.has_choice:
+        split = self._split
+        if not (self._balance.applies and split.has_choice):
             return self._static.choose(ids_TK, counts_E, layer)
-        groups, mine_E = self._exchange.groups, counts_E.numpy()
-        counts = self._exchange(mine_E)
-        node = groups.topology.node_of(groups.rank)
-        quotas_NEC = self._split.divide(counts.nodes_NE, _SLACK)
-        before_E = counts.ranks_ME[: groups.node.idx].sum(axis=0)
-        share_EC = share_of_rank(quotas_NEC[node], before_E, mine_E)
+        groups, mine_E = self._balance.exchange.groups, counts_E.numpy()
+        ranks_ME, nodes_NE = self._balance.exchange(mine_E)
+        by_experts = self._balance.mode == "activated"
+        quotas_NEC = split.divide_experts(nodes_NE) if by_experts else split.divide(nodes_NE)
+        share_EC = share_of_rank(
+            quotas_NEC[groups.topology.node_of(groups.rank)],
+            before_E=ranks_ME[: groups.node.idx].sum(axis=0),
+            counts_E=mine_E,
+        )
         return torch.from_numpy(choose_by_share(ids_TK.numpy(), share_EC, layer))

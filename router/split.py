@@ -91,12 +91,29 @@ class LayerSplit:
         counts_NA = counts_NE[:, self._several]
         if len(counts_NE) > 1:
             flow = self._from_home(counts_NA, base_R, int(level * (1.0 + slack)))
-        quotas_AC = np.zeros((len(self._several), self._max_copies), dtype=np.int64)
-        quotas_AC[self._edge_expert, self._edge_copy] = flow
-        quotas_NEC = np.zeros((*counts_NE.shape, self._max_copies), dtype=np.int64)
-        quotas_NEC[:, self._single, 0] = counts_NE[:, self._single]
-        quotas_NEC[:, self._several] = self._by_source(quotas_AC, counts_NA)
-        return quotas_NEC
+        return self._quotas(np.array(flow, dtype=np.int64), counts_NE)
+
+    def divide_experts(self, counts_NE: IntArray) -> IntArray:
+        """quotas [N, E, C] with all tokens of an expert on one copy, for steps bound by memory.
+
+        The most experts with tokens on a rank are as few as can be. Among such choices, experts with
+        most tokens on a copy's node choose that copy first, as long as there is room.
+        """
+        counts_NE = np.asarray(counts_NE, dtype=np.int64)
+        active_E = (counts_NE.sum(axis=0) > 0).astype(np.int64)
+        level, _, base_R = self._solve(active_E)
+        at_home = counts_NE[:, self._several][self._edge_node, self._edge_expert]
+        room = (level * self._speeds_R // _UNIT - base_R).tolist()
+        free, left, start = active_E[self._several].tolist(), list(room), [0] * len(at_home)
+        for edge in np.argsort(-at_home, kind="stable").tolist():
+            expert, rank = self._flow.experts[edge], self._flow.ranks[edge]
+            if free[expert] and left[rank]:
+                start[edge] = 1
+                free[expert] -= 1
+                left[rank] -= 1
+        flow, _ = self._flow.fill(active_E[self._several].tolist(), room, start)
+        tokens_A = counts_NE.sum(axis=0)[self._several]
+        return self._quotas(np.array(flow, dtype=np.int64) * tokens_A[self._edge_expert], counts_NE)
 
     # -- the optimum -------------------------------------------------------------------------
 
@@ -128,6 +145,15 @@ class LayerSplit:
         return max(int(own.max()), int((-(-total * _UNIT // self._component_speed)).max()))
 
     # -- who sends to which copy -------------------------------------------------------------
+
+    def _quotas(self, tokens: IntArray, counts_NE: IntArray) -> IntArray:
+        """[N, E, C], from the tokens of each edge."""
+        quotas_AC = np.zeros((len(self._several), self._max_copies), dtype=np.int64)
+        quotas_AC[self._edge_expert, self._edge_copy] = tokens
+        quotas_NEC = np.zeros((*counts_NE.shape, self._max_copies), dtype=np.int64)
+        quotas_NEC[:, self._single, 0] = counts_NE[:, self._single]
+        quotas_NEC[:, self._several] = self._by_source(quotas_AC, counts_NE[:, self._several])
+        return quotas_NEC
 
     def _from_home(self, counts_NA: IntArray, base_R: IntArray, level: int) -> list[int]:
         """Tokens of each edge, no rank above `level`: first those of its own node, as far as they

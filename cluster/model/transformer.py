@@ -29,7 +29,6 @@ from cluster.model.norm import RmsNorm
 from cluster.model.paged import AttentionPlan
 from cluster.model.rope import RotaryTable
 from cluster.model.shards import TokenRows, shard, shard_sizes
-from comms.counts import CountExchange
 from comms.dispatcher import CombineMode, TokenDispatcher, WireDtype
 from comms.group import Group
 from comms.groups import ParallelGroups
@@ -37,7 +36,7 @@ from comms.make import make_dispatcher
 from comms.where import Where
 from experts.linear import stable_linear
 from experts.moe import MoELayer, Phase, untimed
-from experts.slot_choice import BalancedChoice, SplitMode, StaticChoice, count_exchange
+from experts.slot_choice import Balance, BalancedChoice, SplitMode, StaticChoice, make_balance
 from router.placement import Placement
 
 
@@ -66,7 +65,7 @@ class Transformer:
     head: Tensor
     rotary: RotaryTable
     dispatcher: TokenDispatcher
-    counts: CountExchange | None
+    balance: Balance | None
     where: Where
     phase: Phase
 
@@ -104,8 +103,10 @@ class Transformer:
             combine=comms.combine,
             combine_dtype=comms.combine_dtype,
         )
-        counts = count_exchange(split, dispatcher)
-        model = build(loader, groups, placement, dispatcher, counts, phase)
+        token_flop = 6.0 * config.hidden_size * config.expert_intermediate_size
+        token_flop *= config.gate.num_experts_per_token
+        balance = make_balance(split, dispatcher, token_flop)
+        model = build(loader, groups, placement, dispatcher, balance, phase)
         if comms.combine == "fixed":
             share_gains(model.layers, placement, groups.world)
         return model
@@ -123,8 +124,8 @@ class Transformer:
         """
         of_rank = None if max_tokens is None else -(-max_tokens // self.tp.size)
         batches = batch.split(self.dispatcher.expect(of_rank))
-        if self.counts is not None:
-            self.counts.expect(None if of_rank is None else of_rank // len(batches))
+        if self.balance is not None:
+            self.balance.expect(None if of_rank is None else of_rank // len(batches))
         hidden = interleave([self._layers(part, kv) for part in batches], self.where)
         with self.phase("logits"):
             logits = [self._logits(x, b) for x, b in zip(hidden, batches, strict=True)]
@@ -196,10 +197,10 @@ def build(
     groups: ParallelGroups,
     placement: Placement,
     dispatcher: TokenDispatcher,
-    counts: CountExchange | None = None,
+    balance: Balance | None = None,
     phase: Phase = untimed,
 ) -> Transformer:
-    """Assemble this rank's modules; all expert layers share one dispatcher, and `counts`."""
+    """Assemble this rank's modules; all expert layers share one dispatcher, and `balance`."""
     config = loader.config
     if placement.num_layers != config.num_moe_layers:
         raise ValueError(
@@ -208,7 +209,7 @@ def build(
         )
     embedding = loader.embedding()
     layers = tuple(
-        _layer(idx, loader, groups, placement, dispatcher, counts, phase)
+        _layer(idx, loader, groups, placement, dispatcher, balance, phase)
         for idx in range(config.num_layers)
     )
     return Transformer(
@@ -220,7 +221,7 @@ def build(
         head=loader.head(embedding),
         rotary=RotaryTable(config.rope, config.max_position_embeddings),
         dispatcher=dispatcher,
-        counts=counts,
+        balance=balance,
         where=groups.where,
         phase=phase,
     )
@@ -232,7 +233,7 @@ def _layer(
     groups: ParallelGroups,
     placement: Placement,
     dispatcher: TokenDispatcher,
-    counts: CountExchange | None,
+    balance: Balance | None,
     phase: Phase,
 ) -> DecoderLayer:
     mlp: MoELayer | DenseLayer
@@ -247,7 +248,7 @@ def _layer(
             dispatcher=dispatcher,
             layer_placement=placement.layer(moe_idx),
             rank=leader,
-            choice=BalancedChoice(counts, StaticChoice(leader)) if counts else None,
+            choice=BalancedChoice(balance, StaticChoice(leader)) if balance else None,
             shared_expert=loader.shared_expert(idx),
             phase=phase,
         )

@@ -54,15 +54,3 @@ def test_counts_that_do_not_fit_are_refused(counts):
     topology = Topology(num_nodes=1, ranks_per_node=1)
     with pytest.raises(ValueError, match="counts must be"):
         run_threads(exchange, topology, [np.array(counts)])
-
-
-def test_only_large_steps_pay():
-    topology = Topology(num_nodes=1, ranks_per_node=1)
-    [groups] = run_threads(lambda groups, _: groups, topology, [None])
-    dispatcher = make_dispatcher("flat", groups, slots_per_rank=4, hidden=32)
-    auto, always = CountExchange(dispatcher), CountExchange(dispatcher, always=True)
-    assert (auto.pays, always.pays) == (False, True)
-    for max_tokens, pays in ((None, False), (1, False), (100_000, True), (0, False)):
-        auto.expect(max_tokens)
-        always.expect(max_tokens)
-        assert (auto.pays, always.pays) == (pays, True)
