@@ -115,7 +115,7 @@ class EplbConfig(Section):
     """Between two looks at the load of the experts."""
     window_size: Count = 64
     """Looks that the recorded load spans."""
-    min_tokens: Count = 1024
+    min_tokens: Count = 256
     """Tokens that must have been recorded before anything is planned."""
     threshold: Imbalance = 1.05
     """Imbalance of a layer, after the best division of its tokens over copies, that is put right."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from router.load import ExpertLoad
 from router.placement import IntArray, Placement, settle
+from router.planner import PlanOptions, plan
 from router.split import LayerSplit
 
 _TOKENS = 1 << 20
@@ -54,8 +55,6 @@ def draft(
 
     `target`: max / mean over ranks to reach. `only`: the layers that may change; None: all.
     """
-    from router.planner import PlanOptions, plan
-
     planned = plan(
         load,
         num_ranks=current.num_ranks,

@@ -8,23 +8,21 @@ step path: ranks fetch weights in the background, and whatever fails leaves the 
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-
-import numpy as np
 
 from cluster.balance_record import BalanceRecord, Look, sampled_rows
 from cluster.config import EplbConfig
+from cluster.mover import Counters, Mover
 from cluster.ranks import Rank, RanksError, ask_all
 from cluster.rebalance_draft import Draft, draft, imbalances
 from cluster.rollout import Leaders, Rollout
 from cluster.server.errors import Code, RequestError
 from router.load import ExpertLoad, LoadWindow
-from router.placement import IntArray, Placement
+from router.load_files import dump_window
+from router.placement import Placement
 from router.policy import Policy, PolicyOptions
 
 LOOK_TIMEOUT_S = 10.0
@@ -40,20 +38,6 @@ class ExpertFacts:
     model_layers: tuple[int, ...]
     experts_per_token: int
     expert_bytes: int
-
-
-@dataclass
-class Counters:
-    """Since the start. A rebalance that was given up keeps the layers that it had changed."""
-
-    started: int = 0
-    finished: int = 0
-    abandoned: int = 0
-    moves: int = 0
-    seconds: float = 0.0
-    doing: str = ""
-    last_reason: str = ""
-    last_error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,9 +61,7 @@ class Rebalancer:
         leaders: Leaders,
     ) -> None:
         self.facts = facts
-        self.placement = placement
         self.record = BalanceRecord()
-        self.counters = Counters()
         self._config = config
         self._ranks = ranks
         self._window = LoadWindow(
@@ -94,14 +76,11 @@ class Rebalancer:
                 bandwidth=config.bandwidth_mib_s * 2**20,
             )
         )
-        self._rollout = Rollout(ranks, leaders, config.prepare_timeout_s, placement.epoch)
-        self._committed = placement
-        """In force or about to be: not yet `placement` while replicas have not reported it."""
+        rollout = Rollout(ranks, leaders, config.prepare_timeout_s, placement.epoch)
+        self._mover = Mover(placement, rollout, facts.model_layers)
         self._watching: asyncio.Task[None] | None = None
-        self._moving: asyncio.Task[None] | None = None
         self._planning = asyncio.Lock()
-        self._failures = 0
-        self._pause_until = 0.0
+        self._verdict = "not enough load recorded yet"
 
     # Life ---------------------------------------------------------------------------------------
 
@@ -110,12 +89,21 @@ class Rebalancer:
         self._watching.add_done_callback(self._on_watch_ended)
 
     async def stop(self) -> None:
-        """Returns when nothing of it runs any more; a change that was not committed is left."""
-        tasks = [task for task in (self._watching, self._moving) if task]
-        self._watching = None
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Returns when nothing of it runs any more."""
+        watching, self._watching = self._watching, None
+        if watching:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+        await self._mover.stop()
+
+    @property
+    def placement(self) -> Placement:
+        """In force at every replica."""
+        return self._mover.placement
+
+    @property
+    def counters(self) -> Counters:
+        return self._mover.counters
 
     @property
     def state(self) -> str:
@@ -128,16 +116,14 @@ class Rebalancer:
             )
         if not self._config.enabled:
             return "off: eplb_config.enabled is false"
-        left_s = self._pause_until - time.monotonic()
-        if left_s > 0:
-            return f"on, pausing {left_s:.0f} s after failure {self._failures}"
-        return "on: eplb_config.enabled is true"
+        if pause_s := self._pause_s():
+            return f"on, pausing {pause_s:.0f} s after failure {self.counters.failures} in a row"
+        return f"on: {self._verdict}"
 
     @property
     def running(self) -> bool:
-        """Whether a rebalance is being planned or under way."""
-        moving = self._moving is not None and not self._moving.done()
-        return moving or self._planning.locked()
+        """Whether experts are moving."""
+        return self._mover.running
 
     @property
     def tokens_recorded(self) -> int:
@@ -153,23 +139,18 @@ class Rebalancer:
         Raises RequestError (FAILED_PRECONDITION) if nothing can be planned, or, unless `dry_run`,
         while another rebalance is running.
         """
-        if self.running and not dry_run:
-            doing = self.counters.doing or "planning"
-            raise _precondition(f"a rebalance is running: {doing}; wait for its end")
-        load = self._checked_load()
-        epoch = self.placement.epoch
-        async with nullcontext() if dry_run else self._planning:
-            planned = await asyncio.to_thread(
-                draft,
-                load,
-                self.placement,
-                target=target or self._config.target,
-                from_scratch=from_scratch,
-            )
-            started = bool(planned.rows) and not dry_run
-            if started:
-                self._begin(planned, "asked for by an operator")
-        return Outcome(started=started, epoch=epoch, draft=planned)
+        target = target or self._config.target
+        if dry_run:
+            drafted = await self._draft(target, from_scratch)
+            return Outcome(started=False, epoch=self.placement.epoch, draft=drafted)
+        async with self._planning:
+            if self.running:
+                raise _precondition(f"a rebalance is running: {self.counters.doing}")
+            drafted = await self._draft(target, from_scratch)
+            epoch = self.placement.epoch
+            if drafted.rows:
+                self._mover.begin(drafted, "asked for by an operator")
+        return Outcome(started=bool(drafted.rows), epoch=epoch, draft=drafted)
 
     async def planned_balancedness(self) -> list[float]:
         """[L]: mean / max over ranks of the recorded load under the placement in force; 0: none yet."""
@@ -184,12 +165,10 @@ class Rebalancer:
         return self._window.estimate() if self._window.num_tokens else None
 
     def recorded(self) -> bytes:
-        """The load window as an .npz file (see `LoadWindow.from_state`)."""
-        file = io.BytesIO()
-        np.savez_compressed(file, allow_pickle=False, **self._window.state())
-        return file.getvalue()
+        """The load window as a file, for `router.load_files.read_window`."""
+        return dump_window(self._window)
 
-    def _checked_load(self) -> ExpertLoad:
+    async def _draft(self, target: float, from_scratch: bool) -> Draft:
         if self.placement.num_ranks == 1:
             raise _precondition("there is one rank only: no other could hold its experts")
         load = self.load()
@@ -198,7 +177,9 @@ class Rebalancer:
                 f"not enough load recorded yet: {self.tokens_recorded} tokens of "
                 f"eplb_config.min_tokens = {self._config.min_tokens}"
             )
-        return load
+        return await asyncio.to_thread(
+            draft, load, self.placement, target=target, from_scratch=from_scratch
+        )
 
     # The watch ----------------------------------------------------------------------------------
 
@@ -207,7 +188,7 @@ class Rebalancer:
             await asyncio.sleep(self._config.interval_s)
             try:
                 await self._look()
-                if self._config.enabled and not self.running:
+                if self._config.enabled:
                     await self._consider()
             except RanksError as error:
                 if str(error) != self.counters.last_error:
@@ -215,7 +196,7 @@ class Rebalancer:
                 self.counters.last_error = str(error)
             except Exception as error:
                 # One bad look must not end the watch; that it happened must not be hidden.
-                self._note_failure(f"{type(error).__name__}: {error}")
+                self.counters.fail(f"{type(error).__name__}: {error}")
                 logger.exception("rebalancer: unexpected")
 
     async def _look(self) -> None:
@@ -224,39 +205,46 @@ class Rebalancer:
         )
         counts_LE = self.record.add(Look.of(reports, time.monotonic()))
         self._window.add(counts_LE, sampled_rows(reports))
-        self._adopt()
+        self._mover.adopt()
 
     async def _consider(self) -> None:
         """Ask the policy, and begin what it wants."""
         load = self.load()
-        enough = self.tokens_recorded >= self._config.min_tokens
-        if load is None or not enough or time.monotonic() < self._pause_until:
+        if load is None or self.tokens_recorded < self._config.min_tokens or self._pause_s():
             return
         async with self._planning:
+            if self.running:
+                return
             decision = await asyncio.to_thread(self._policy.decide, self._window, self.placement)
-            self.counters.last_reason = decision.reason
+            self._verdict = decision.reason
             if not decision.rebalance:
                 return
-            planned = await asyncio.to_thread(
+            drafted = await asyncio.to_thread(
                 draft, load, self.placement, target=self._config.target, only=decision.layers
             )
-            worthwhile = self._worthwhile(planned)
+            worthwhile = self._worthwhile(drafted)
             if worthwhile.rows:
-                self._begin(worthwhile, decision.reason)
-            elif planned.rows:
-                self.counters.last_reason = f"no plan pays for its moves: {decision.reason}"
+                self._mover.begin(worthwhile, decision.reason)
+            else:
+                self._verdict = f"no plan pays for its moves: {decision.reason}"
 
-    def _worthwhile(self, planned: Draft) -> Draft:
+    def _pause_s(self) -> float:
+        """Seconds left of the pause after failures: twice as long after each in a row."""
+        failures = min(self.counters.failures, 20)
+        pause_s = min(MAX_PAUSE_S, self._config.interval_s * 2**failures) if failures else 0.0
+        return max(0.0, self.counters.failed_at + pause_s - time.monotonic())
+
+    def _worthwhile(self, drafted: Draft) -> Draft:
         """Without the layers whose moves cost more than they bring."""
         num_layers, num_ranks = self.placement.num_layers, self.placement.num_ranks
         pays = {
             effect.layer
-            for effect in planned.effects
+            for effect in drafted.effects
             if self._policy.pays(
                 effect.imbalance_before, effect.imbalance_after, effect.moves, num_layers, num_ranks
             )
         }
-        return replace(planned, rows=tuple(row for row in planned.rows if row[0] in pays))
+        return replace(drafted, rows=tuple(row for row in drafted.rows if row[0] in pays))
 
     def _on_watch_ended(self, task: asyncio.Task[None]) -> None:
         if self._watching is not task:
@@ -264,58 +252,6 @@ class Rebalancer:
         cause = "cancelled" if task.cancelled() else repr(task.exception())
         self.counters.last_error = f"the watch ended: {cause}"
         logger.error("rebalancer: the watch ended unasked: %s", cause)
-
-    # Moving -------------------------------------------------------------------------------------
-
-    def _begin(self, planned: Draft, reason: str) -> None:
-        self.counters.started += 1
-        self.counters.last_reason = reason
-        self._moving = asyncio.create_task(self._move(planned), name="rebalancer-move")
-
-    async def _move(self, planned: Draft) -> None:
-        began = time.monotonic()
-        moves = {effect.layer: effect.moves for effect in planned.effects}
-        try:
-            for number, (layer, row) in enumerate(planned.rows, 1):
-                self.counters.doing = (
-                    f"layer {self.facts.model_layers[layer]} ({number} of {len(planned.rows)}), "
-                    f"{moves[layer]} experts move"
-                )
-                await self._change(layer, row)
-                self.counters.moves += moves[layer]
-        except RanksError as error:
-            self.counters.abandoned += 1
-            self._note_failure(str(error))
-            logger.warning("rebalance abandoned: %s", error)
-        except Exception as error:
-            self.counters.abandoned += 1
-            self._note_failure(f"{type(error).__name__}: {error}")
-            logger.exception("rebalance abandoned")
-        else:
-            self.counters.finished += 1
-            self._failures = 0
-        finally:
-            self.counters.seconds += time.monotonic() - began
-            self.counters.doing = ""
-
-    async def _change(self, layer: int, row: IntArray) -> None:
-        changed = self.placement.with_layers({layer: row})
-        await self._rollout.prepare(changed.epoch, layer, row.tolist())
-        self._committed = changed
-        await self._rollout.commit(changed.epoch)
-        self._adopt()
-
-    def _adopt(self) -> None:
-        """A committed placement is shown and planned from once every replica reports it."""
-        if self._rollout.in_force(self._committed.epoch):
-            self.placement = self._committed
-
-    def _note_failure(self, reason: str) -> None:
-        """Pause, twice as long after each failure in a row."""
-        self._failures += 1
-        self.counters.last_error = reason
-        pause_s = min(MAX_PAUSE_S, self._config.interval_s * 2**self._failures)
-        self._pause_until = time.monotonic() + pause_s
 
 
 def _precondition(message: str) -> RequestError:

@@ -36,7 +36,9 @@ def byte_level_tokenizer():
 class Serving:
     """What a test sees: `client`, `leaders`, `gateway`, and `call` to run code in its event loop."""
 
-    def __init__(self, overrides, num_replicas, step_s, eos_token_ids, tokenizer):
+    def __init__(
+        self, overrides, num_replicas, step_s, eos_token_ids, tokenizer, make_rebalancer=None
+    ):
         self.config = ServeConfig.from_dict(
             {
                 "model": "/models/tiny",
@@ -46,6 +48,8 @@ class Serving:
             overrides,
         )
         self.tokenizer = tokenizer
+        self.rebalancer = None
+        self._make_rebalancer = make_rebalancer
         self.leaders = [
             StubLeader(idx, VOCAB_SIZE, eos_token_ids, step_s) for idx in range(num_replicas)
         ]
@@ -67,7 +71,10 @@ class Serving:
         for idx, leader in enumerate(self.leaders):
             self.gateway.attach(idx, leader.address)
             leader.connect(address)
-        self.server = GrpcServer(self.gateway, self.config)
+        if self._make_rebalancer:
+            self.rebalancer = self._make_rebalancer(self.config.eplb_config, self.gateway)
+            self.rebalancer.start()
+        self.server = GrpcServer(self.gateway, self.config, self.rebalancer)
         return await self.server.start()
 
     def start(self, ready):
@@ -95,6 +102,8 @@ class Serving:
     def close(self):
         self.client.close()
         self.call(self.server.stop(0.2))
+        if self.rebalancer:
+            self.call(self.rebalancer.stop())
         self.call(self.gateway.stop())
         for leader in self.leaders:
             leader.close()
@@ -105,10 +114,18 @@ class Serving:
 
 
 @contextmanager
-def serve(*overrides, num_replicas=1, step_s=0.0, eos=(), ready=True, with_tokenizer=True):
-    serving = Serving(
-        overrides, num_replicas, step_s, eos, byte_level_tokenizer() if with_tokenizer else None
-    )
+def serve(
+    *overrides,
+    num_replicas=1,
+    step_s=0.0,
+    eos=(),
+    ready=True,
+    with_tokenizer=True,
+    make_rebalancer=None,
+):
+    """`make_rebalancer(eplb_config, gateway)`, where given, answers for the experts."""
+    tokenizer = byte_level_tokenizer() if with_tokenizer else None
+    serving = Serving(overrides, num_replicas, step_s, eos, tokenizer, make_rebalancer)
     serving.start(ready)
     try:
         yield serving

@@ -33,6 +33,7 @@ class StubLeader(threading.Thread):
 
     `silent`: sends nothing at all. `held`: sends heartbeats but no tokens. `forgetful`: takes
     requests in and drops them. `fail_prompts_with`: first prompt token that means an engine error.
+    `deaf_to_commits`: keeps the placement it has; otherwise a committed epoch is in force at once.
     """
 
     def __init__(self, replica, vocab_size, eos_token_ids=(), step_s=0.0):
@@ -41,6 +42,7 @@ class StubLeader(threading.Thread):
         self.silent = threading.Event()
         self.held = threading.Event()
         self.forgetful = threading.Event()
+        self.deaf_to_commits = threading.Event()
         self.fail_prompts_with = None
         self.raw_frames = deque()
         self._replica = replica
@@ -53,6 +55,7 @@ class StubLeader(threading.Thread):
         self.address = f"tcp://127.0.0.1:{port}"
         self._outbox = self._context.socket(zmq.PUSH)
         self._sequences = {}
+        self._epoch = 0
         self._num_steps = 0
         self._stopping = threading.Event()
 
@@ -103,6 +106,8 @@ class StubLeader(threading.Thread):
                 )
             elif message["type"] == "abort":
                 self._sequences.pop(message["request_id"], None)
+            elif message["type"] == "placement" and not self.deaf_to_commits.is_set():
+                self._epoch = message["epoch"]
             self.received.append(message)
 
     def _step(self):
@@ -137,5 +142,6 @@ class StubLeader(threading.Thread):
                 "kv_usage": 0.25,
                 "preemptions": 0,
                 "step": self._num_steps,
+                "epoch": self._epoch,
             },
         }
