@@ -68,6 +68,21 @@ def test_another_load_is_acted_upon_within_batches(jitter) -> None:
     assert acted == list(range(acted[0], 11))
 
 
+@pytest.mark.parametrize("batches", [2, 40])
+def test_chance_is_that_of_drawing_tokens(batches) -> None:
+    """In closed form: R ranks share N tokens, each Poisson; the largest of L * R normal errors."""
+    window = LoadWindow(3, 8, horizon=1e12)
+    for _ in range(batches):
+        window.add(np.tile(np.arange(10, 90, 10), (3, 1)))
+    decision = Policy().decide(window, Placement.contiguous(3, 8, 4))
+    tokens = 360 * batches
+    expected = math.sqrt(2 * math.log(3 * 4)) * math.sqrt(4 / tokens)
+    assert decision.noise_L == pytest.approx(expected)
+    # Contiguous: the last rank holds 70 + 80 of 360, its share 15/9 of the mean.
+    assert decision.imbalance_L == pytest.approx(15 / 9)
+    assert decision.rebalance is (15 / 9 - expected > 1.05)
+
+
 def test_imbalance_is_the_least_that_splitting_gives() -> None:
     load_LE, other_LE = planned_loads("A", "logn1", 4)[:2], planned_loads("A", "logn1", 4)[2:]
     placement = eplb_placement(load_LE, SHAPES["A"])

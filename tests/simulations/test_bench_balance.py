@@ -108,7 +108,7 @@ def test_replanned_touches_the_named_layers_only() -> None:
 
 def test_recorded_routing(trace) -> None:
     report = balance_real.real(trace, quiet)
-    assert set(report) == {"same_task", "mixed", "shift"}
+    assert set(report) == {"same_task", "mixed", "shift", "shift_in_order"}
     for row in report.values():
         assert 1 <= row["mean"] <= row["p99"]
         assert row["mean"] < row["eplb_mean"]
@@ -119,21 +119,18 @@ def test_recorded_routing(trace) -> None:
 
 
 def test_migration_keeps_its_budget(trace) -> None:
-    """Never more moves than batches allow, and a layer's row changes at once."""
+    """Few experts arrive with a batch, and a layer changes when all of its experts are there."""
     tasks = balance_real.read_routing(trace)
     window = balance_real._window(tasks["first"])
     start = planned_placement(window.estimate(), balance_real.SHAPE)
-    cluster, before = balance_real.Migrating(start, 7), start
-    for served, counts_LE in enumerate(balance_real._cycled(tasks["second"], 30), 1):
+    cluster, in_force = balance_real.Migrating(start, 2), 0
+    for counts_LE in balance_real._cycled(tasks["second"], 30):
+        before, moved = cluster.placement, cluster.num_moves
         cluster.serve(counts_LE, window)
-        assert cluster.num_moves <= 7 * served
-        changed = (cluster.placement.physical_to_logical != before.physical_to_logical).any(axis=1)
-        for layer in np.flatnonzero(changed):
-            assert cluster.placement.epoch > before.epoch
-            moved = [m for m in cluster.placement.moves_from(before) if m.layer == layer]
-            assert moved
-        before = cluster.placement
-    assert 0 < len(before.moves_from(start)) <= cluster.num_moves
+        assert cluster.num_moves - moved <= 2
+        in_force += len(cluster.placement.moves_from(before))
+        assert in_force <= cluster.num_moves
+    assert in_force > 4
 
 
 def test_sections_that_cannot_be(tmp_path, trace) -> None:
