@@ -53,7 +53,7 @@ def few_moves(
         for propose, cost in ((_copies, 1), (_swaps, 2)):
             if moves + cost > max_moves:
                 continue
-            for changes in propose(slots, load, division)[:_TRIALS]:
+            for changes in propose(slots, load, division):
                 after = _changed(slots, changes)
                 tried.append((after, _divide(after, load, caps)))
                 if not tried[-1][1].excess:
@@ -149,7 +149,7 @@ def _copies(
                     helps = min(gets, division.too_much, load[expert])
                     found.append((-helps, used, -load[expert], rank, slot, expert))
     found.sort()
-    return [[_Change(rank, slot, expert)] for *_, rank, slot, expert in found]
+    return [[_Change(rank, slot, expert)] for *_, rank, slot, expert in found[:_TRIALS]]
 
 
 def _swaps(slots: list[list[int]], load: Sequence[int], division: _Division) -> list[list[_Change]]:
@@ -174,5 +174,5 @@ def _swaps(slots: list[list[int]], load: Sequence[int], division: _Division) -> 
     found.sort()
     return [
         [_Change(rank, slot, light), _Change(other_rank, other_slot, heavy)]
-        for _, rank, slot, other_rank, other_slot, heavy, light in found
+        for _, rank, slot, other_rank, other_slot, heavy, light in found[:_TRIALS]
     ]

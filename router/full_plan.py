@@ -50,10 +50,13 @@ def _cut(load_E: FloatArray, score_E: FloatArray, ranks: Ranks) -> tuple[list[li
             alone[rank].append(expert)
         return alone, False
     capacity_R = ranks.capacity_R(load_E)
-    ring = hub_ring(load_E, score_E, capacity_R, ranks.slots_per_rank, ranks.striped)
     enough = ranks.num_slots - len(load_E) >= ranks.num_ranks - 1
-    if ring.margin > 0 or not enough:
-        return ring.experts_of_rank, enough
+    for score, heavy in ((score_E, 0.5), (load_E, 0.5), (load_E, 0.9), (load_E, 0.3)):
+        ring = hub_ring(load_E, score, capacity_R, ranks.slots_per_rank, ranks.striped, heavy)
+        if ring.margin > 0:
+            return ring.experts_of_rank, enough
+    if not enough:
+        return ring.experts_of_rank, False
     cut = exact_cut(load_E.tolist(), capacity_R[ranks.striped].tolist(), ranks.slots_per_rank)
     return _spread(cut, ranks), len(set(ranks.speed_R.tolist())) == 1
 

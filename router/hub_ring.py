@@ -28,8 +28,6 @@ from router.placement import IntArray
 
 FloatArray = NDArray[np.float64]
 
-_HEAVY = 0.5  # singles above this part of a rank's capacity are hard to pack: they become hubs
-
 
 class RingPlan(NamedTuple):
     """experts_of_rank: hubs and singles of each rank. margin: the least piece, relative to a rank's
@@ -53,40 +51,42 @@ def hub_ring(
     capacity_R: FloatArray,
     slots_per_rank: int,
     ranks_by_position: IntArray,
+    heavy: float,
 ) -> RingPlan:
-    """Plan a layer whose load is capacity_R.sum(). score_E: who should be a hub, highest first."""
+    """Plan a layer whose load is capacity_R.sum(). score_E: who should be a hub, highest first; those
+    above `heavy` times a rank's capacity become hubs in any case, as they are hard to pack."""
     num_experts, num_ranks = len(load_E), len(capacity_R)
     spare = num_ranks * slots_per_rank - num_experts
     order = np.argsort(-score_E, kind="stable")
     rounds = min(spare // num_ranks, slots_per_rank // 2)
     positions = rounds * num_ranks if rounds else min(num_ranks, spare + 1)
-    hubs = order[: _num_hubs(load_E[order], positions, rounds > 0, capacity_R.mean())]
-    hubs = _riffle(hubs)
-    pieces = _apportion(load_E[hubs], positions, num_ranks, closed=rounds > 0)
-    rank_P = pieces.position_P % num_ranks
     capacity = capacity_R[ranks_by_position]
+    num_hubs = _num_hubs(load_E[order], score_E[order], positions, heavy * capacity_R.mean())
+    hubs = _riffle(order[: min(num_hubs, positions if rounds else max(1, positions - 1))])
+    pieces = _apportion(load_E[hubs], np.resize(capacity, positions), num_ranks, closed=rounds > 0)
+    rank_P = pieces.position_P % num_ranks
     room = np.bincount(rank_P, pieces.load_P, num_ranks)
     free = slots_per_rank - np.bincount(rank_P, minlength=num_ranks)
 
     singles = order[len(hubs) :]
     singles = singles[np.argsort(-load_E[singles], kind="stable")]
-    groups = _pack(load_E[singles], capacity - room, free)
-    groups, error = _arrange(groups, load_E[singles], capacity - room, free)
+    groups, load_of_group = _pack(load_E[singles], capacity - room, free)
+    order, error = _arrange(load_of_group, capacity - room, free)
 
     experts_of_rank: list[list[int]] = [[] for _ in range(num_ranks)]
     for hub, position in zip(hubs[pieces.hub_P].tolist(), rank_P.tolist(), strict=True):
         experts_of_rank[ranks_by_position[position]].append(hub)
-    for rank, group in zip(ranks_by_position.tolist(), groups, strict=True):
-        experts_of_rank[rank] += singles[group].tolist()
+    names = [*singles.tolist(), -1]
+    for rank, group in zip(ranks_by_position.tolist(), groups[order].tolist(), strict=True):
+        experts_of_rank[rank] += [names[item] for item in group if item >= 0]
     return RingPlan(experts_of_rank, _margin(pieces, error) / float(capacity_R.mean()))
 
 
-def _num_hubs(load: FloatArray, positions: int, closed: bool, capacity: float) -> int:
-    """The most experts, in this order, that get two pieces of the mean size or are heavy."""
+def _num_hubs(load: FloatArray, score: FloatArray, positions: int, heavy: float) -> int:
+    """The most experts, in this order, whose score is two pieces of the mean size, or heavy."""
     count = np.arange(1, len(load) + 1)
-    fit = (load >= 2 * np.cumsum(load) / (positions + count)) | (load > _HEAVY * capacity)
-    most = positions if closed else positions - 1
-    return max(1, min(most, len(load) if fit.all() else int(fit.argmin())))
+    fit = (score >= 2 * np.cumsum(load) / (positions + count)) | (score > heavy)
+    return len(load) if fit.all() else max(1, int(fit.argmin()))
 
 
 def _riffle(hubs: IntArray) -> IntArray:
@@ -96,9 +96,9 @@ def _riffle(hubs: IntArray) -> IntArray:
     return mixed
 
 
-def _apportion(load_H: FloatArray, positions: int, num_ranks: int, closed: bool) -> _Pieces:
+def _apportion(load_H: FloatArray, capacity: FloatArray, num_ranks: int, closed: bool) -> _Pieces:
     """Two pieces for each hub, the others by load (Webster's method), at most one per rank."""
-    num_hubs = len(load_H)
+    num_hubs, positions = len(load_H), len(capacity)
     most = min(num_ranks, positions)
     least = min(2, most)
     wanted = positions + num_hubs - (0 if closed and num_hubs > 1 else 1)
@@ -111,22 +111,23 @@ def _apportion(load_H: FloatArray, positions: int, num_ranks: int, closed: bool)
         copies_H += np.bincount(best // len(divisor), minlength=num_hubs)
     hub_P = np.repeat(np.arange(num_hubs), copies_H)
     first_H = np.cumsum(copies_H - 1) - (copies_H - 1)
-    position_P = np.arange(len(hub_P)) - hub_P  # neighbours share a position
+    position_P = (np.arange(len(hub_P)) - hub_P) % positions  # neighbours share a position
+    size_P = capacity[position_P]
     return _Pieces(
         hub_P,
-        position_P % positions,
-        (load_H / copies_H)[hub_P],
+        position_P,
+        (load_H / np.bincount(hub_P, size_P))[hub_P] * size_P,
         first_H + copies_H - 1,
         closed=copies_H.sum() == positions + num_hubs,
     )
 
 
-def _pack(load: FloatArray, target_R: FloatArray, free_R: IntArray) -> list[list[int]]:
+def _pack(load: FloatArray, target_R: FloatArray, free_R: IntArray) -> tuple[IntArray, FloatArray]:
     """Items (descending load) into ranks of `free_R` slots each, each rank near its target.
 
     In every round each rank with a slot left gets one item, the heaviest where the most is missing
     per slot; then pairs of ranks, one above its target and one below, swap the two items that
-    bring both nearest.
+    bring both nearest. Returns (items of each rank, -1 = none; their load).
     """
     num_ranks, most = len(target_R), max(1, int(free_R.max(initial=0)))
     item = np.full((num_ranks, most), -1)
@@ -140,7 +141,7 @@ def _pack(load: FloatArray, target_R: FloatArray, free_R: IntArray) -> list[list
         missing_R[ranks] -= load[first : first + len(ranks)]
         first += len(ranks)
     _swap(item, np.append(load, 0.0), missing_R)
-    return [[i for i in row if i >= 0] for row in item.tolist()]
+    return item, target_R - missing_R
 
 
 def _swap(item: IntArray, load: FloatArray, missing_R: FloatArray, turns: int = 4) -> None:
@@ -164,32 +165,27 @@ def _swap(item: IntArray, load: FloatArray, missing_R: FloatArray, turns: int = 
 
 
 def _arrange(
-    groups: list[list[int]], load: FloatArray, target_R: FloatArray, free_R: IntArray
-) -> tuple[list[list[int]], FloatArray]:
-    """Deal the groups out along the ring, so that what they miss of the targets does not add up.
-
-    Returns (group of each position, its target - its load).
-    """
-    weights = load.tolist()
-    by_size: dict[int, list[tuple[float, list[int]]]] = {}
-    for size, group in zip(free_R.tolist(), groups, strict=True):
-        by_size.setdefault(size, []).append((sum([weights[i] for i in group]), group))
-    for alike in by_size.values():
-        alike.sort()
-    arranged, error, ahead = [], [], 0.0
+    load_R: FloatArray, target_R: FloatArray, free_R: IntArray
+) -> tuple[list[int], FloatArray]:
+    """Deal groups of singles out along the ring so that what they miss of the targets does not add
+    up. Returns (which group each position gets, its target - the group's load)."""
+    by_size: dict[int, list[tuple[float, int]]] = {}
+    for size, load, group in sorted(
+        zip(free_R.tolist(), load_R.tolist(), range(len(load_R)), strict=True)
+    ):
+        by_size.setdefault(size, []).append((load, group))
+    order, ahead = [], 0.0
     for size, target in zip(free_R.tolist(), target_R.tolist(), strict=True):
-        alike = by_size[size]
-        wanted = target + ahead
-        place = bisect_left(alike, (wanted, []))
+        alike, wanted = by_size[size], target + ahead
+        place = bisect_left(alike, (wanted, 0))
         if place == len(alike) or (
             place > 0 and wanted - alike[place - 1][0] < alike[place][0] - wanted
         ):
             place -= 1
-        total, group = alike.pop(place)
-        arranged.append(group)
-        error.append(target - total)
-        ahead += target - total
-    return arranged, np.array(error)
+        load, group = alike.pop(place)
+        order.append(group)
+        ahead = wanted - load
+    return order, target_R - load_R[order]
 
 
 def _margin(pieces: _Pieces, error_R: FloatArray) -> float:

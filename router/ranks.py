@@ -40,7 +40,7 @@ class Ranks:
         position = np.arange(self.num_ranks)
         return position % self.num_nodes * self.ranks_per_node + position // self.num_nodes
 
-    def capacity_R(self, load_E: NDArray[np.float64]) -> NDArray[np.float64]:
+    def capacity_R(self, load_E: NDArray[np.float64] | IntArray) -> NDArray[np.float64]:
         """What each rank should carry."""
         capacity_R: NDArray[np.float64] = self.speed_R * (load_E.sum() / self.num_ranks)
         return capacity_R
