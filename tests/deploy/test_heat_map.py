@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy import heat_map
@@ -19,6 +19,7 @@ def test_relative_is_over_the_mean_of_the_layer():
     np.testing.assert_array_equal(heat_map.relative(served_RL), expected)
 
 
+@settings(deadline=None)
 @given(nodes_of_ranks, st.integers(1, 50))
 def test_every_rank_is_in_one_row_and_rows_respect_nodes(nodes, max_bins):
     rows = heat_map.rank_bins(nodes, max_bins)
@@ -44,6 +45,7 @@ def test_labels_name_ranks_then_nodes(max_bins, labels):
     assert [row.label for row in rows] == labels
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), st.integers(1, 90))
 def test_every_layer_is_in_one_column(num_layers, max_bins):
     columns = heat_map.even_bins(range(3, 3 + num_layers), max_bins)
@@ -52,6 +54,7 @@ def test_every_layer_is_in_one_column(num_layers, max_bins):
     assert all(len(column.members) == len(columns[0].members) for column in columns[:-1])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(1, 12))
 def test_a_cell_shows_the_busiest_of_its_members(num_ranks, num_layers, max_rows, max_columns):
     rng = np.random.default_rng([num_ranks, num_layers])
@@ -101,6 +104,7 @@ def test_headers_stand_above_their_columns(num_columns, room):
         assert within <= start < within + width
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1e17))
 def test_short_figures_are_short_and_right(value):
     text = heat_map.short(value)

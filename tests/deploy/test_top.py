@@ -64,7 +64,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_be_in_the_foreground,
         )
         self.slave = slave
         self.raw = ""
@@ -101,6 +101,12 @@ class Terminal:
         os.close(self.slave)
         self._reader.join(5)
         os.close(self.master)
+
+
+def _be_in_the_foreground():
+    """Of the terminal at stdin; Ctrl-C works even where the tests themselves ignore it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

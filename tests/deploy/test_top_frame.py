@@ -103,6 +103,7 @@ def test_anything_fits_any_terminal(size, width, height, ascii_only):
     assert not ascii_only or "".join(lines).isascii()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 20))
 def test_with_room_every_rank_and_replica_has_its_line(num_ranks, num_replicas):
     state = snapshot(np.ones((num_ranks, 4)), 4, num_replicas)
