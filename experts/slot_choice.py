@@ -64,6 +64,9 @@ class SlotChoice(Protocol):
     def choose(self, ids_TK: Tensor, counts_E: Tensor, layer: LayerPlacement) -> Tensor:
         """slots_TK int64 for logical expert ids (-1 = none); counts_E: how often each is in them."""
 
+    def prepare(self, layer: LayerPlacement) -> None:
+        """Make what `choose` would make when it first meets this placement. From any thread."""
+
 
 class StaticChoice:
     """The copy depends on the rank alone: ring 1 holds whatever the combine."""
@@ -73,6 +76,9 @@ class StaticChoice:
 
     def choose(self, ids_TK: Tensor, counts_E: Tensor, layer: LayerPlacement) -> Tensor:
         return layer.choose_slots(ids_TK, self._source_rank)
+
+    def prepare(self, layer: LayerPlacement) -> None:
+        layer.choose_slots(torch.empty(0, 1, dtype=torch.int64), self._source_rank)
 
 
 class BalancedChoice:
@@ -86,11 +92,10 @@ class BalancedChoice:
     def __init__(self, balance: Balance, static: StaticChoice) -> None:
         self._balance, self._static = balance, static
         self._split: LayerSplit | None = None
+        self._next: LayerSplit | None = None
 
     def choose(self, ids_TK: Tensor, counts_E: Tensor, layer: LayerPlacement) -> Tensor:
-        if self._split is None or self._split.layer is not layer:
-            self._split = LayerSplit(layer)
-        split = self._split
+        split = self._split_of(layer)
         if not (self._balance.applies and split.has_choice):
             return self._static.choose(ids_TK, counts_E, layer)
         groups, mine_E = self._balance.exchange.groups, counts_E.numpy()
@@ -103,3 +108,15 @@ class BalancedChoice:
             counts_E=mine_E,
         )
         return torch.from_numpy(choose_by_share(ids_TK.numpy(), share_EC, layer))
+
+    def prepare(self, layer: LayerPlacement) -> None:
+        self._static.prepare(layer)
+        self._next = LayerSplit(layer)
+
+    def _split_of(self, layer: LayerPlacement) -> LayerSplit:
+        for split in (self._split, self._next):
+            if split is not None and split.layer is layer:
+                self._split = split
+                return split
+        self._split = LayerSplit(layer)
+        return self._split

@@ -67,8 +67,10 @@ def forward_share(groups, placements, rows, combine, mode):
     layer.gains_E = all_gains(w13, w2) if combine == "fixed" else None
     mine_TH = x_TH[rows[groups.rank] : rows[groups.rank + 1]]
     outputs, loads = [], []
-    for placement in placements:
+    for number, placement in enumerate(placements):
         layer.layer_placement = placement.layer(0)
+        if number:  # prepared or not
+            layer.choice.prepare(layer.layer_placement)
         layer.slots = load_slots(placement, groups.rank, w13, w2)
         layer.tokens_per_slot_S.zero_()
         outputs.append(layer.forward(mine_TH))

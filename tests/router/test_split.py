@@ -147,6 +147,9 @@ def test_divide_conserves_tokens_and_keeps_the_cap(case, slack):
     assert (quotas_NEC[:, layer.logical_to_physical < 0] == 0).all()
     assert (quotas_NEC.sum(axis=2) == counts_NE).all()
     assert rank_loads(layer, quotas_NEC).max() <= split.optimum(counts_NE.sum(0)) * (1 + slack)
+    experts, copies, ranks = edges_of(layer)
+    again = (np.diff(experts, prepend=-1) == 0) & (np.diff(ranks, prepend=-1) == 0)
+    assert not quotas_NEC[:, experts[again], copies[again]].any()  # copies beside the first
 
 
 @settings(max_examples=200, deadline=None)
