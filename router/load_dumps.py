@@ -23,7 +23,7 @@ ZIP = b"PK\x03\x04"
 def torch_counts(data: bytes, name: str) -> Any:
     """What SGLang's recorder saves with torch.save: the counts, still to be checked.
 
-    `logical_count` [steps, layers, experts] (mode stat), or `records` (mode per_pass) with the
+    `logical_count` [steps, layers, experts] (mode stat), or `records` (per_pass, per_token) with the
     `global_physical_count` [layers, slots] of each rank's forward passes and one
     `last_physical_to_logical_map` [layers, slots].
     """

@@ -145,3 +145,19 @@ def test_sections_that_cannot_be(tmp_path, trace) -> None:
     np.savez(other, short=np.zeros((9, 2, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="array 'short' has 9 tokens"):
         bench_balance.run(["real"], other)
+
+
+def test_all_sections_that_the_trace_allows(monkeypatch, trace) -> None:
+    for module, name in (
+        (balance_planned, "planned"),
+        (balance_planned, "seconds"),
+        (balance_served, "served"),
+        (balance_drift, "drift"),
+        (balance_real, "real"),
+    ):
+        monkeypatch.setattr(module, name, lambda *arguments, name=name: name)
+    without = bench_balance.run()
+    assert without == {name: name for name in ("planned", "seconds", "served", "drift")} | {
+        "skipped": ["real", "sends"]
+    }
+    assert bench_balance.run(["real"], trace) == {"real": "real"}
