@@ -57,15 +57,13 @@ def generate(
     is_leader = topology.tp_rank_of(groups.rank) == 0
     mailbox = LocalMailbox(mine) if is_leader else None
     engine = build_engine(config, groups, mailbox)
-    with (
-        closing(engine.runner),
-        Script(changes, engine.runner, mailbox, groups, store_address) as script,
-    ):
-        while engine.step():
-            pass
-        if engine.runner.epoch != len(changes):
+    with closing(engine.runner) as runner:
+        with Script(changes, runner, mailbox, groups, store_address) as script:
+            while engine.step():
+                pass
+        if runner.epoch != len(changes):
             raise OfflineError(
-                f"{engine.runner.epoch} of {len(changes)} changes are in force: {script.failure}"
+                f"{runner.epoch} of {len(changes)} changes are in force: {script.failure}"
             )
     if mailbox is None:
         return {}

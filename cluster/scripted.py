@@ -71,7 +71,7 @@ class Script:
         try:
             for epoch, change in enumerate(self._changes, self._runner.epoch + 1):
                 self._make(store, epoch, change)
-        except MigrationError as error:
+        except (MigrationError, ValueError) as error:
             self.failure = str(error)
 
     def _make(self, store: TCPStore, epoch: int, change: Change) -> None:
