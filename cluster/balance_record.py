@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 Counts = NDArray[np.int64]
 
+ROWS_TAKEN = 128
+"""Tokens sampled in one look, all ranks together; one of each if there are more ranks."""
 LOOKS_KEPT = 11
 """Served counts cover the time between the first and the last of these."""
 
@@ -43,12 +45,15 @@ class Look:
     @staticmethod
     def of(reports: Sequence[Mapping[str, Any]], at: float) -> Look:
         """From one `Worker.expert_stats` of each rank, in the order of ranks."""
+        routed_LE = np.zeros_like(reports[0]["routed"], dtype=np.int64)
+        for report in reports:
+            routed_LE += report["routed"]
         sent = [report["bytes"] for report in reports]
         moved = [report["migration"] for report in reports]
         steps = [report["step_seconds"] for report in reports]
         return Look(
             at=at,
-            routed_LE=np.sum([report["routed"] for report in reports], axis=0, dtype=np.int64),
+            routed_LE=routed_LE,
             served_RL=np.array([report["served"] for report in reports], dtype=np.int64),
             intra_node_bytes_R=np.array([s["intra_node"] for s in sent], dtype=np.int64),
             inter_node_bytes_R=np.array([s["inter_node"] for s in sent], dtype=np.int64),
@@ -97,11 +102,12 @@ def balancedness(served_RL: Counts) -> NDArray[np.float64]:
 
 
 def sampled_rows(reports: Sequence[Mapping[str, Any]]) -> NDArray[np.int64] | None:
-    """[L, tokens, experts per token]: a few tokens' experts from all ranks; None if none has any."""
+    """[L, tokens, experts per token]: some tokens' experts from all ranks; None if none has any."""
+    quota = max(1, ROWS_TAKEN // len(reports))
     rows = []
     for report in reports:
         # Layers are read while steps go on, so one may already show the next, shorter step.
-        tokens = min((len(layer) for layer in report["rows"]), default=0)
+        tokens = min(quota, *(len(rows_MK) for rows_MK in report["rows"]))
         if tokens:
-            rows.append(np.array([layer[:tokens] for layer in report["rows"]], dtype=np.int64))
+            rows.append(np.stack([rows_MK[:tokens] for rows_MK in report["rows"]]))
     return np.concatenate(rows, axis=1) if rows else None

@@ -33,9 +33,9 @@ class FakeRank:
         return {
             "epoch": self.at.epoch,
             "step": 1,
-            "routed": self.routed_LE.tolist(),
+            "routed": self.routed_LE,
             "served": self.served_L.tolist(),
-            "rows": self.rows_LMK.tolist(),
+            "rows": list(self.rows_LMK),
             "step_seconds": [0.002, 0.004, 0.003],
             "bytes": {"intra_node": self.sent, "inter_node": 2 * self.sent},
             "migration": {"bytes": {"node": 3, "remote": 4, "disk": 5}, "flip_s": 0.0},

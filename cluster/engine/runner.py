@@ -155,18 +155,18 @@ class Runner:
     def expert_stats(self) -> dict[str, Any]:
         """What decides on placements, by expert layer. From any thread, maybe amid a step.
 
-        Since the start: "routed", the choices of each expert for this rank's own tokens, "served",
-        (token, expert) pairs computed here, and "migration", see `Migrator.metrics`. "rows": experts
-        of a few tokens of the latest batch. "step_seconds": of the last steps, from one execute's end
-        to the next one's.
+        Since the start: "routed" [L, E], the choices of each expert for this rank's own tokens,
+        "served", (token, expert) pairs computed here, and "migration", see `Migrator.metrics`.
+        "rows": experts of a few tokens of the latest batch. "step_seconds": of the last steps, from
+        one execute's end to the next one's.
         """
         moes = self.model.moe_layers
         return {
             "epoch": self.epoch,
             "step": self.num_steps,
-            "routed": [moe.routed_E.tolist() for moe in moes],
+            "routed": torch.stack([moe.routed_E for moe in moes]).numpy(),
             "served": self.model.expert_load(),
-            "rows": [moe.recent_TK[:ROWS_SAMPLED].tolist() for moe in moes],
+            "rows": [moe.recent_TK[:ROWS_SAMPLED].numpy() for moe in moes],
             "step_seconds": list(self._step_seconds),
             "migration": self.migrator.metrics(),
         }

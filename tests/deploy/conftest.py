@@ -7,12 +7,18 @@ import pytest
 from tests.deploy.processes import EXPERTMESH, Command, running
 
 START_TIMEOUT_S = 120
+OPTIONS = (
+    "scheduler.max_num_queued_reqs=64",
+    "experts.num_redundant_experts=8",
+    "eplb_config.interval_s=0.25",
+    "eplb_config.min_tokens=16",
+)
 
 
 @pytest.fixture(scope="session")
 def served() -> Iterator[Command]:
     """`expertmesh serve` with the demo's configuration: 2 logical nodes x 2 ranks, BF16, mosaic."""
-    with running([EXPERTMESH, "serve", "scheduler.max_num_queued_reqs=64"]) as command:
+    with running([EXPERTMESH, "serve", *OPTIONS]) as command:
         command.wait_for(r"serving mosaic on (\S+)", START_TIMEOUT_S)
         yield command
 
