@@ -30,7 +30,7 @@ def exact_cut(
     by_capacity = sorted(range(len(capacities)), key=lambda rank: (-capacities[rank], rank))
     for done, rank in enumerate(by_capacity):
         ranks_left = len(capacities) - done - 1
-        if not ranks_left:
+        if not ranks_left or not items:
             bins[rank] = [expert for _, expert in items]
             break
         whole = max(len(items) - slots_per_rank * ranks_left, 0)  # as many must leave now

@@ -5,6 +5,7 @@ E experts, R ranks, N nodes, S slots of all ranks.
 
 from __future__ import annotations
 
+from itertools import chain, product
 from typing import NamedTuple
 
 import numpy as np
@@ -62,20 +63,31 @@ def _cut(load_E: FloatArray, score_E: FloatArray, ranks: Ranks) -> tuple[list[li
 
 
 def _spread(cut: list[list[int]], ranks: Ranks) -> list[list[int]]:
-    """Shares of ranks.striped to ranks of that speed, on nodes with as few of the same experts as
-    can be found by going through them once."""
+    """Shares, in the order of ranks.striped, to ranks. Ranks of one speed swap theirs while that
+    leaves fewer copies of an expert on a node that has it already."""
     of_rank: list[list[int]] = [[] for _ in cut]
-    on_node: list[set[int]] = [set() for _ in range(ranks.num_nodes)]
-    speeds = ranks.speed_R.tolist()
-    left = ranks.striped.tolist()
-    for experts, like in zip(cut, ranks.striped.tolist(), strict=True):
-        rank = min(
-            (r for r in left if speeds[r] == speeds[like]),
-            key=lambda r: len(on_node[r // ranks.ranks_per_node].intersection(experts)),
-        )
-        left.remove(rank)
+    for rank, experts in zip(ranks.striped.tolist(), cut, strict=True):
         of_rank[rank] = experts
-        on_node[rank // ranks.ranks_per_node].update(experts)
+    per_node, speeds = ranks.ranks_per_node, ranks.speed_R.tolist()
+
+    def repeated(rank: int) -> int:
+        first = rank // per_node * per_node
+        experts = list(chain.from_iterable(of_rank[first : first + per_node]))
+        return len(experts) - len(set(experts))
+
+    improved = True
+    while improved:
+        improved = False
+        crowded = [rank for rank in range(ranks.num_ranks) if repeated(rank)]
+        for a, b in product(crowded, range(ranks.num_ranks)):
+            if a // per_node == b // per_node or speeds[a] != speeds[b]:
+                continue
+            before = repeated(a) + repeated(b)
+            of_rank[a], of_rank[b] = of_rank[b], of_rank[a]
+            if repeated(a) + repeated(b) < before:
+                improved = True
+            else:
+                of_rank[a], of_rank[b] = of_rank[b], of_rank[a]
     return of_rank
 
 

@@ -71,13 +71,13 @@ def hub_ring(
     singles = order[len(hubs) :]
     singles = singles[np.argsort(-load_E[singles], kind="stable")]
     groups, load_of_group = _pack(load_E[singles], capacity - room, free)
-    order, error = _arrange(load_of_group, capacity - room, free)
+    dealt, error = _arrange(load_of_group, capacity - room, free)
 
     experts_of_rank: list[list[int]] = [[] for _ in range(num_ranks)]
     for hub, position in zip(hubs[pieces.hub_P].tolist(), rank_P.tolist(), strict=True):
         experts_of_rank[ranks_by_position[position]].append(hub)
     names = [*singles.tolist(), -1]
-    for rank, group in zip(ranks_by_position.tolist(), groups[order].tolist(), strict=True):
+    for rank, group in zip(ranks_by_position.tolist(), groups[dealt].tolist(), strict=True):
         experts_of_rank[rank] += [names[item] for item in group if item >= 0]
     return RingPlan(experts_of_rank, _margin(pieces, error) / float(capacity_R.mean()))
 

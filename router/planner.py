@@ -9,14 +9,16 @@ L layers, E logical experts, R ranks, N nodes, S slots of all ranks.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from router.affinity import plan_layer
 from router.few_moves import few_moves
-from router.full_plan import full_plan
+from router.full_plan import FullPlan, full_plan
 from router.load import ExpertLoad
 from router.placement import IntArray, Placement, settle
 from router.ranks import Ranks, num_moves, whole
@@ -38,7 +40,7 @@ class PlanOptions:
     max_moves: the most experts that may move in a layer, None = any number.
     """
 
-    z: float = 1.0
+    z: float = 0.5
     target: float = 1.02
     objective: Literal["tokens", "experts"] = "tokens"
     rank_speeds: tuple[float, ...] | None = None
@@ -85,31 +87,32 @@ def plan(
     slots_per_rank: int,
     ranks_per_node: int | None = None,
     current: Placement | None = None,
+    layers: Collection[int] | None = None,
     options: PlanOptions | None = None,
 ) -> Plan:
     """A placement for `load`, at the epoch after `current` (0 without one).
 
+    layers: those of `current` that may change, None = all.
     Pure: equal arguments give equal plans in every process. Raises ValueError for sizes that do not
     fit, naming them.
     """
     options = options or PlanOptions()
     ranks = _ranks(load, num_ranks, slots_per_rank, ranks_per_node, current, options)
-    sigma_LE = np.zeros_like(load.mean_LE) if load.sigma_LE is None else load.sigma_LE
-    rows, layers = [], []
-    for layer, (mean_E, sigma_E) in enumerate(zip(load.mean_LE, sigma_LE, strict=True)):
-        mean_E = mean_E if mean_E.any() else np.ones_like(mean_E)
-        present = None if current is None else current.physical_to_logical[layer]
-        row, explained = _plan_layer(mean_E, sigma_E, present, ranks, options)
-        rows.append(row)
-        layers.append(explained)
+    planned = [
+        _Layer(load, layer, ranks, options).plan(
+            None if current is None else current.physical_to_logical[layer],
+            may_change=layers is None or layer in layers,
+        )
+        for layer in range(len(load.mean_LE))
+    ]
     placement = Placement(
-        physical_to_logical=np.stack(rows),
+        physical_to_logical=np.stack([row_S for row_S, _ in planned]),
         num_experts=load.mean_LE.shape[1],
         num_ranks=num_ranks,
         ranks_per_node=ranks_per_node,
         epoch=0 if current is None else current.epoch + 1,
     )
-    return Plan(placement=placement, layers=tuple(layers))
+    return Plan(placement=placement, layers=tuple(layer for _, layer in planned))
 
 
 def _ranks(
@@ -120,6 +123,7 @@ def _ranks(
     current: Placement | None,
     options: PlanOptions,
 ) -> Ranks:
+    """The ranks to plan for; ValueError where something does not fit."""
     layers, experts = load.mean_LE.shape
     per_node = num_ranks if ranks_per_node is None else ranks_per_node
     if min(num_ranks, slots_per_rank, per_node) < 1 or num_ranks % per_node:
@@ -131,6 +135,11 @@ def _ranks(
         raise ValueError(
             f"{num_ranks} ranks * {slots_per_rank} slots cannot hold {experts} experts in "
             f"{layers} layers: raise slots_per_rank to {-(-experts // num_ranks)} or more"
+        )
+    if options.objective == "experts" and load.mean_LE.max() > 1:
+        raise ValueError(
+            "objective 'experts' takes probabilities of being active as mean_LE, got "
+            f"{load.mean_LE.max():g}"
         )
     if current is not None and (
         current.physical_to_logical.shape != (layers, num_ranks * slots_per_rank)
@@ -152,54 +161,76 @@ def _ranks(
     )
 
 
-def _plan_layer(
-    mean_E: FloatArray,
-    sigma_E: FloatArray,
-    present_S: IntArray | None,
-    ranks: Ranks,
-    options: PlanOptions,
-) -> tuple[IntArray, LayerPlan]:
-    bound, score_E = _lower_bound(mean_E, ranks), mean_E + options.z * sigma_E
-    if present_S is None:
-        row_S, after = full_plan(mean_E, score_E, ranks)
-        reason = f"full plan: {after:.3f}"
-        return row_S, LayerPlan(imbalance=after, lower_bound=bound, moves=0, reason=reason)
+class _Layer:
+    """One layer's load, and the ways to plan it."""
 
-    before = ranks.imbalance(present_S, mean_E)
-    if before <= options.target:
-        reason = f"kept: re-split optimum {before:.3f} <= target {options.target:.3f}"
-        return present_S, LayerPlan(imbalance=before, lower_bound=bound, moves=0, reason=reason)
+    def __init__(self, load: ExpertLoad, layer: int, ranks: Ranks, options: PlanOptions) -> None:
+        self.ranks, self.options = ranks, options
+        mean_E = load.mean_LE[layer]
+        self.mean_E = mean_E if mean_E.any() else np.ones_like(mean_E)
+        self.score_E = self.mean_E.copy()
+        if load.sigma_LE is not None:
+            self.score_E += options.z * load.sigma_LE[layer]
+        self.rows_MK = None if load.rows_LMK is None else load.rows_LMK[layer]
 
-    most = ranks.num_slots if options.max_moves is None else options.max_moves
-    row_S, moves, reached = _moved(mean_E, present_S, ranks, options.target, most)
-    after = ranks.imbalance(row_S, mean_E)
-    if not reached:
-        anew_S, imbalance = full_plan(mean_E, score_E, ranks, present_S)
-        all_moves = num_moves(present_S, anew_S, ranks.slots_per_rank)
-        if all_moves <= most and after - imbalance > _WORTH * (all_moves - moves):
-            reason = f"full plan, {all_moves} moves: {before:.3f} -> {imbalance:.3f}"
-            return anew_S, LayerPlan(
-                imbalance=imbalance, lower_bound=bound, moves=all_moves, reason=reason
-            )
-    if after >= before:
-        reason = f"kept: no {most} moves improve on {before:.3f}"
-        return present_S, LayerPlan(imbalance=before, lower_bound=bound, moves=0, reason=reason)
-    short = "" if reached else f", target {options.target:.3f} not reached"
-    reason = f"{moves} moves: {before:.3f} -> {after:.3f}{short}"
-    return row_S, LayerPlan(imbalance=after, lower_bound=bound, moves=moves, reason=reason)
+    def plan(self, present_S: IntArray | None, may_change: bool) -> tuple[IntArray, LayerPlan]:
+        if present_S is None:
+            row_S, after = self._anew(None)
+            return row_S, self._explained(after, 0, f"full plan: {after:.3f}")
+        before, target = self.ranks.imbalance(present_S, self.mean_E), self.options.target
+        if not may_change or before <= target:
+            why = f"re-split optimum {before:.3f} <= target {target:.3f}"
+            why = why if may_change else "not to be changed"
+            return present_S, self._explained(before, 0, f"kept: {why}")
+        return self._changed(present_S, before)
 
+    def _changed(self, present_S: IntArray, before: float) -> tuple[IntArray, LayerPlan]:
+        """Few moves; a full plan where they do not reach the target and it is worth its moves."""
+        most, target = self.options.max_moves, self.options.target
+        most = self.ranks.num_slots if most is None else most
+        row_S, reached = self._moved(present_S, most)
+        moves = num_moves(present_S, row_S, self.ranks.slots_per_rank)
+        after = self.ranks.imbalance(row_S, self.mean_E)
+        if not reached:
+            anew_S, imbalance = self._anew(present_S)
+            all_moves = num_moves(present_S, anew_S, self.ranks.slots_per_rank)
+            if all_moves <= most and after - imbalance > _WORTH * (all_moves - moves):
+                reason = f"full plan, {all_moves} moves: {before:.3f} -> {imbalance:.3f}"
+                return anew_S, self._explained(imbalance, all_moves, reason)
+        if after >= before:
+            return present_S, self._explained(before, 0, f"kept: no moves improve {before:.3f}")
+        short = "" if reached else f", target {target:.3f} not reached"
+        return row_S, self._explained(
+            after, moves, f"{moves} moves: {before:.3f} -> {after:.3f}{short}"
+        )
 
-def _moved(
-    mean_E: FloatArray, present_S: IntArray, ranks: Ranks, target: float, most: int
-) -> tuple[IntArray, int, bool]:
-    """(row after moves, how many experts moved, whether the target is reached)."""
-    load_E = whole(mean_E)
-    caps_R = (load_E.sum() / ranks.num_ranks * target * ranks.speed_R).astype(np.int64)
-    slots, reached = few_moves(
-        present_S.reshape(ranks.num_ranks, -1).tolist(), load_E.tolist(), caps_R.tolist(), most
-    )
-    row_S = settle(present_S, np.array(slots).ravel(), ranks.slots_per_rank)
-    return row_S, num_moves(present_S, row_S, ranks.slots_per_rank), reached
+    def _moved(self, present_S: IntArray, most: int) -> tuple[IntArray, bool]:
+        """(the row after moves, whether the target is reached)."""
+        load_E, ranks = whole(self.mean_E), self.ranks
+        caps_R = (ranks.capacity_R(load_E) * self.options.target).astype(np.int64)
+        slots, reached = few_moves(
+            present_S.reshape(ranks.num_ranks, -1).tolist(), load_E.tolist(), caps_R.tolist(), most
+        )
+        return settle(present_S, np.array(slots).ravel(), ranks.slots_per_rank), reached
+
+    def _anew(self, present_S: IntArray | None) -> FullPlan:
+        if self.options.node_traffic == 0 or self.rows_MK is None or self.ranks.num_nodes == 1:
+            return full_plan(self.mean_E, self.score_E, self.ranks, present_S)
+        row_S = plan_layer(
+            self.mean_E,
+            self.rows_MK,
+            num_nodes=self.ranks.num_nodes,
+            ranks_per_node=self.ranks.ranks_per_node,
+            slots_per_rank=self.ranks.slots_per_rank,
+            weight=self.options.node_traffic,
+        )
+        if present_S is not None:
+            row_S = settle(present_S, row_S, self.ranks.slots_per_rank)
+        return FullPlan(row_S, self.ranks.imbalance(row_S, self.mean_E))
+
+    def _explained(self, imbalance: float, moves: int, reason: str) -> LayerPlan:
+        bound = _lower_bound(self.mean_E, self.ranks)
+        return LayerPlan(imbalance=imbalance, lower_bound=bound, moves=moves, reason=reason)
 
 
 def _lower_bound(mean_E: FloatArray, ranks: Ranks) -> float:
