@@ -49,10 +49,8 @@ class LayerSplit:
         self._edge_expert, self._edge_copy = np.nonzero(usable_EC[self._several])
         self._edge_rank = ranks_EC[self._several[self._edge_expert], self._edge_copy]
         self._edge_node = self._edge_rank * layer.slots_per_rank // layer.slots_per_node
-        node_and_expert = self._edge_node * len(self._several) + self._edge_expert
-        self._edge_rivals = np.bincount(node_and_expert)[
-            node_and_expert
-        ]  # on the node, one included
+        alike = self._edge_node * len(self._several) + self._edge_expert
+        self._edge_alike = np.bincount(alike)[alike]  # edges of one expert to one node
         self._node_AC = slots_EC[self._several] // layer.slots_per_node  # -1 stays -1
         self._first_on_node_AC = _first_alike(self._node_AC)
         self._flow = Flow(
@@ -126,8 +124,7 @@ class LayerSplit:
         level = self._lower_bound(base_R, counts_E)
         while True:
             room = [
-                (level * speed // _UNIT) - load
-                for speed, load in zip(self._speeds, base, strict=True)
+                level * speed // _UNIT - own for speed, own in zip(self._speeds, base, strict=True)
             ]
             flow, bottlenecks = self._flow.fill(tokens, room)
             if not bottlenecks:
@@ -158,7 +155,7 @@ class LayerSplit:
     def _from_home(self, counts_NA: IntArray, base_R: IntArray, level: int) -> list[int]:
         """Tokens of each edge, no rank above `level`: first those of its own node, as far as they
         fit beside each other, then all others."""
-        home = counts_NA[self._edge_node, self._edge_expert] // self._edge_rivals
+        home = counts_NA[self._edge_node, self._edge_expert] // self._edge_alike
         wanted_R = np.zeros_like(base_R)
         np.add.at(wanted_R, self._edge_rank, home)
         room_R = level * self._speeds_R // _UNIT - base_R
