@@ -1,4 +1,5 @@
 """kill -9 on one of four ranks amid migrations: the survivors stand at one epoch, and hold it.
+SIGSTOP on a holder: it is given up, and nothing of the attempt stays.
 
 The engine's own leaders, followers and migrators on real processes; the model is a barrier. A flip
 means that every rank was prepared: so survivors that missed it can follow, once they have compared.
@@ -11,6 +12,7 @@ import time
 from typing import Any
 
 import numpy as np
+import torch
 
 from cluster.engine.engine import Follower, Leader, Verdict
 from cluster.engine.mailbox import LocalMailbox
@@ -23,7 +25,14 @@ from comms.launch import RankDied, RankPool
 from comms.store import connect_store, host_store
 from router.placement import Placement
 from tests.engine.model_free import FOUR, ModelFreeRunner, build_runner, leader_of
-from tests.experts.migrating import FINGERPRINTS_LE, NUM_LAYERS, first_placement, random_row
+from tests.experts.migrating import (
+    EXPERT_BYTES,
+    FINGERPRINTS_LE,
+    NUM_LAYERS,
+    first_placement,
+    left_over,
+    random_row,
+)
 
 NUM_CHANGES = 60
 KILL_POINTS = [
@@ -140,3 +149,44 @@ def test_survivors_of_a_kill_stand_at_one_epoch() -> None:
             epochs.append(outcomes[0][0])
     assert all(0 < epoch < NUM_CHANGES for epoch in epochs), epochs
     del store
+
+
+def fetch_from_a_stopped_rank(groups: ParallelGroups) -> tuple[dict[str, Any], bool, bool] | None:
+    """Rank 0 wants expert 8 of rank 3, which stops as it is asked for it.
+
+    Rank 0's metrics then, whether all is as before once it abandons, and whether it works after
+    rank 3 goes on.
+    """
+
+    once = iter([groups.rank == 3])
+
+    def on_read() -> None:
+        if next(once, False):
+            signal.raise_signal(signal.SIGSTOP)  # this thread at once, and so all
+
+    runner, _ = build_runner(groups, on_read)
+    pids = groups.world.all_gather(torch.tensor([os.getpid()]), [1] * 4)
+    report = None
+    if groups.rank == 0:
+        row = first_placement().physical_to_logical[0].tolist()
+        row[0] = 8
+        before = left_over()
+        runner.prepare(1, 0, row)
+        metrics = runner.migrator.metrics()
+        runner.abandon(1)
+        after = left_over()
+        os.kill(int(pids[3]), signal.SIGCONT)
+        runner.prepare(1, 0, row)
+        runner.flip(1)
+        report = metrics, after == before, runner.epoch == 1
+    groups.world.barrier()
+    runner.close()
+    return report
+
+
+def test_a_stopped_holder_is_given_up(rank_pool) -> None:
+    (metrics, clean, works), *_ = rank_pool.run(fetch_from_a_stopped_rank, FOUR)
+    assert metrics["bytes"] == {"node": 0, "remote": 0, "disk": EXPERT_BYTES}
+    assert metrics["retries"] == 1
+    assert clean
+    assert works

@@ -3,9 +3,13 @@
 Experts are random but known, so that it can be told what any slot must hold.
 """
 
+import gc
+import os
+import threading
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import torch
 
 from comms.transfer import Source, TransferClient
@@ -18,6 +22,7 @@ from tests.comms.faulty_proxy import FaultyProxy
 
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS, REDUNDANT = 3, 10, 4, 6
 HIDDEN, INTERMEDIATE = 16, 8
+EXPERT_BYTES = 3 * HIDDEN * INTERMEDIATE * 4
 CHUNK_BYTES = 200
 SECRET = b"of four ranks"
 
@@ -139,3 +144,11 @@ class World:
     def check(self) -> None:
         for rank in self.ranks:
             rank.check(self.placement)
+
+
+def left_over() -> tuple[list[str], int, int]:
+    """Threads of transfers, sockets, and experts in memory."""
+    gc.collect()
+    threads = [t.name for t in threading.enumerate() if t.name.startswith("transfer-serve")]
+    sockets = len(psutil.Process(os.getpid()).net_connections("all"))
+    return threads, sockets, sum(type(x) is ExpertWeights for x in gc.get_objects())

@@ -1,7 +1,5 @@
 """Migrations: whatever fails, a rank has one map and the weights that it names."""
 
-import gc
-import os
 import threading
 import time
 from collections import Counter
@@ -10,19 +8,23 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
-import psutil
 import pytest
 
 from comms import transfer
 from comms.transfer import TransferClient
 from experts.migrate import MigrationError
-from experts.weights import ExpertWeights
 from router.placement import Placement
 from tests.comms.faulty_proxy import Fault
-from tests.experts.migrating import NUM_LAYERS, NUM_RANKS, World, expert, random_row
+from tests.experts.migrating import (
+    EXPERT_BYTES,
+    NUM_LAYERS,
+    NUM_RANKS,
+    World,
+    left_over,
+    random_row,
+)
 
 NUM_KILL_POINTS = 200
-EXPERT_BYTES = expert(0, 0).num_bytes
 ANSWER_BYTES = 16 + 32 + 8  # what a server says before the first chunk
 WAIT_S = 20.0
 
@@ -210,14 +212,6 @@ def test_wrong_weights_never_come_in_force(world):
     with pytest.raises(MigrationError, match="checkpoint holds other weights than it did"):
         getter.migrator.prepare(1, 0, brought(world, 0), WAIT_S)
     getter.check(world.placement)
-
-
-def left_over() -> tuple[list[str], int, int]:
-    """Threads of transfers, sockets, and experts in memory."""
-    gc.collect()
-    threads = [t.name for t in threading.enumerate() if t.name.startswith("transfer-serve")]
-    sockets = len(psutil.Process(os.getpid()).net_connections("all"))
-    return threads, sockets, sum(type(x) is ExpertWeights for x in gc.get_objects())
 
 
 @pytest.mark.parametrize("why", ["stall", "abandon"])
