@@ -49,7 +49,7 @@ def effect(layer, before, after, moves):
         lower_bound=1.0,
         moves=moves,
         bytes=moves * 24 * MIB,
-        reason=f"reason [{layer}]",
+        reason=f"[bold] reason {layer}",
     )
 
 
@@ -71,9 +71,9 @@ def test_dry_run_shows_the_effect_and_starts_nothing(control, capsys, tmp_path):
     output = capsys.readouterr().out
     table = [cells(line) for line in output.splitlines() if line.startswith("│")]
     assert table == [
-        ["1", "1.500", "1.010", "1.000", "3", "72.0", "reason [1]"],
-        ["4", "1.230", "1.000", "1.000", "1", "24.0", "reason [4]"],
-        ["2-3", "1.020", "1.020", "1.000", "0", "0.0", "reason [3]"],
+        ["1", "1.500", "1.010", "1.000", "3", "72.0", "[bold] reason 1"],
+        ["4", "1.230", "1.000", "1.000", "1", "24.0", "[bold] reason 4"],
+        ["2-3", "1.020", "1.020", "1.000", "0", "0.0", "[bold] reason 3"],
     ]
     assert "mean imbalance 1.190 -> 1.010, worst 1.500 -> 1.020" in output
     assert "4 experts to move, 96.0 MiB" in output
@@ -84,6 +84,7 @@ def test_dry_run_shows_the_effect_and_starts_nothing(control, capsys, tmp_path):
 
 
 def test_it_watches_to_the_end(control, capsys, tmp_path):
+    control.balance.rebalances.abandoned = 2  # earlier ones
     with serving(control) as endpoint:
         assert ask(endpoint, from_scratch=True, json_file=tmp_path / "r.json") == 0
     output = capsys.readouterr().out
@@ -166,6 +167,13 @@ def test_a_server_that_loses_track_or_dies_is_given_up(control):
     with pytest.raises(WatchError, match="does not answer"):
         watch(Console(), calls, pb.RebalanceStats(), lost_s=0.2)
     calls.close()
+
+
+def test_a_busy_server_is_not_given_up(control):
+    control.balance.rebalances.running = True
+    control._left = ["layer 1"] * 5
+    with serving(control) as endpoint, ControlCalls(endpoint) as calls:
+        assert watch(Console(), calls, pb.RebalanceStats(), lost_s=0.3).finished == 1
 
 
 def test_watching_survives_a_gap(control):

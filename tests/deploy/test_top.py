@@ -143,6 +143,7 @@ def test_live_view_follows_the_server_through_its_death_and_the_terminal_through
     assert (before, bool(after)) == (0, True)
     kept = top.raw.rpartition(ALTERNATE_SCREEN_OFF)[2]
     assert "epoch 9" in ESCAPES.sub("", kept)
+    assert "lost" not in kept
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -86,6 +86,15 @@ def test_512_ranks_of_58_layers_fit_and_the_hot_one_shows():
     assert lines[-1] == "12:00:00"
 
 
+def test_columns_of_several_layers_show_the_least_even_of_them():
+    served_RL = np.full((2, 100), 100)
+    served_RL[0, 71] = 300
+    lines = shown(snapshot(served_RL))
+    columns = line_of(lines, "r0")[1]
+    assert columns == "▄" * 35 + "▆" + "▄" * 14
+    assert line_of(lines, "served")[1] == "=" * 35 + "6" + "=" * 14
+
+
 sizes = st.tuples(
     st.integers(0, 70), st.integers(0, 70), st.integers(0, 20), st.integers(1, 9), st.booleans()
 )
