@@ -53,9 +53,10 @@ class NodeChoice:
         }
 
     def prefer(self, ids_TK: IntArray, node: int) -> IntArray:
-        """slots_TK of tokens that start on `node`, -1 for id -1: greedily the fewest nodes.
+        """slots_TK of tokens that start on `node`, -1 for id -1.
 
-        The cover is least where all experts but one are on one node, or on the token's own.
+        Each token visits the fewest nodes it can where there are up to four (after the nodes that
+        it must visit, one or two are left to choose from, or any two do); with more, greedily few.
         """
         visited_T = self._visited(ids_TK, node)
         slots_P, ids_P = self._first_E[ids_TK.ravel()], ids_TK.ravel()
