@@ -1,4 +1,7 @@
-"""Which copy of an expert each token goes to: by a fixed table, or so that the batch comes out even.
+"""Which copy of an expert each token goes to: by a fixed table, or so that ranks come out even.
+
+In large steps the batch's own counts decide. In small ones an exchange of counts would cost more than
+it brings: ranks count on, exchange now and then, and deal tokens out as these recent counts say.
 
 T my tokens, K experts per token, N nodes, E logical experts, C copies.
 """
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from comms.base import BaseDispatcher
 from comms.counts import CountExchange
+from experts.recent_choice import RecentChoice
 from router.placement import LayerPlacement
 from router.slots import choose_by_share, share_of_rank
 from router.split import LayerSplit
@@ -21,6 +25,7 @@ SplitMode = Literal["auto", "static", "balanced", "activated"]
 _EXCHANGE_S = 0.7e-3
 _FLOP_PER_S = 50e9
 _SAVED = 0.2
+_TOKENS_BETWEEN = 64  # of the rank with most, between two exchanges in small steps
 
 
 class Balance:
@@ -35,12 +40,21 @@ class Balance:
         links = exchange.groups.links
         cost_s = _EXCHANGE_S + (links.latency_s if links else 0.0)
         self._least_tokens = cost_s / _SAVED * _FLOP_PER_S / max(1.0, token_flop)
+        self._tokens_since = 0
         self.expect(None)
 
     def expect(self, max_tokens: int | None) -> None:
-        """No rank has more tokens in the coming step (None: unknown), the same on every rank."""
+        """No rank has more tokens in the coming step (None: unknown), the same on every rank.
+
+        `applies`: the step's own counts decide. `due`: not they, but it is time to exchange those of
+        the steps since the last exchange.
+        """
         is_large = max_tokens is not None and max_tokens >= self._least_tokens
         self.applies = is_large or self.mode != "auto"
+        self._tokens_since += max_tokens or 0
+        self.due = not self.applies and self._tokens_since >= _TOKENS_BETWEEN
+        if self.applies or self.due:
+            self._tokens_since = 0
 
 
 def make_balance(mode: SplitMode, dispatcher: BaseDispatcher, token_flop: float) -> Balance | None:
@@ -82,25 +96,30 @@ class StaticChoice:
 
 
 class BalancedChoice:
-    """The batch's own counts decide: ranks end up as even as the copies allow, in tokens or (mode
-    activated) in experts that have any.
+    """Counts decide, those of the batch or recent ones: ranks end up as even as the copies allow, in
+    tokens or (mode activated) in experts that have any.
 
-    Where no expert has copies on two ranks, or the step is too small, it is the static choice; all
-    ranks see both alike. The split follows whatever placement it is given.
+    Where no expert has copies on two ranks it is the static choice of `source_rank`; all ranks see
+    that alike. The split follows whatever placement it is given.
     """
 
-    def __init__(self, balance: Balance, static: StaticChoice) -> None:
-        self._balance, self._static = balance, static
+    def __init__(self, balance: Balance, source_rank: int) -> None:
+        self._balance, self._static = balance, StaticChoice(source_rank)
+        self._recent = RecentChoice(balance.exchange, source_rank)
         self._split: LayerSplit | None = None
         self._next: LayerSplit | None = None
 
     def choose(self, ids_TK: Tensor, counts_E: Tensor, layer: LayerPlacement) -> Tensor:
-        split = self._split_of(layer)
-        if not (self._balance.applies and split.has_choice):
+        split, balance = self._split_of(layer), self._balance
+        if not split.has_choice:
             return self._static.choose(ids_TK, counts_E, layer)
-        groups, mine_E = self._balance.exchange.groups, counts_E.numpy()
-        ranks_ME, nodes_NE = self._balance.exchange(mine_E)
-        by_experts = self._balance.mode == "activated"
+        mine_E = counts_E.numpy()
+        if not balance.applies:
+            return self._recent.choose(ids_TK, mine_E, split, balance.due)
+        groups = balance.exchange.groups
+        ranks_ME, nodes_NE = balance.exchange(mine_E)
+        self._recent.remember(nodes_NE)
+        by_experts = balance.mode == "activated"
         quotas_NEC = split.divide_experts(nodes_NE) if by_experts else split.divide(nodes_NE)
         share_EC = share_of_rank(
             quotas_NEC[groups.topology.node_of(groups.rank)],

@@ -36,7 +36,7 @@ from comms.make import make_dispatcher
 from comms.where import Where
 from experts.linear import stable_linear
 from experts.moe import MoELayer, Phase, untimed
-from experts.slot_choice import Balance, BalancedChoice, SplitMode, StaticChoice, make_balance
+from experts.slot_choice import Balance, BalancedChoice, SplitMode, make_balance
 from router.placement import Placement
 
 
@@ -248,7 +248,7 @@ def _layer(
             dispatcher=dispatcher,
             layer_placement=placement.layer(moe_idx),
             rank=leader,
-            choice=BalancedChoice(balance, StaticChoice(leader)) if balance else None,
+            choice=BalancedChoice(balance, leader) if balance else None,
             shared_expert=loader.shared_expert(idx),
             phase=phase,
         )

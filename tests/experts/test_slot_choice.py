@@ -55,14 +55,13 @@ def forward_share(groups, placements, rows, combine, mode):
         combine=combine,
     )
     balance = make_balance(mode, dispatcher, token_flop=1e6)
-    static = StaticChoice(groups.rank)
     layer = MoELayer(
         gate=gate,
         slots=load_slots(placements[0], groups.rank, w13, w2),
         dispatcher=dispatcher,
         layer_placement=placements[0].layer(0),
         rank=groups.rank,
-        choice=BalancedChoice(balance, static) if balance else static,
+        choice=BalancedChoice(balance, groups.rank) if balance else StaticChoice(groups.rank),
     )
     layer.gains_E = all_gains(w13, w2) if combine == "fixed" else None
     mine_TH = x_TH[rows[groups.rank] : rows[groups.rank + 1]]
@@ -124,6 +123,49 @@ def test_the_static_choice_is_less_even_here(rank_pool):
         most[mode] = max(sum(loads[0]) for _, loads, *_ in results)
     assert most["balanced"] < 0.9 * most["static"]
     assert most["auto"] == most["static"]  # nobody said how large the step is
+
+
+def small_steps(groups, rows, mode):
+    """One rank: its rows in steps of at most 8 tokens; outputs, and pairs computed here."""
+    torch.set_num_threads(1)
+    gate, w13, w2, x_TH = gate_and_weights()
+    placement = placements_of(groups.topology)[0]
+    dispatcher = make_dispatcher(
+        "flat", groups, slots_per_rank=placement.slots_per_rank, hidden=HIDDEN, combine="exact"
+    )
+    balance = make_balance(mode, dispatcher, token_flop=1e5)
+    layer = MoELayer(
+        gate=gate,
+        slots=load_slots(placement, groups.rank, w13, w2),
+        dispatcher=dispatcher,
+        layer_placement=placement.layer(0),
+        rank=groups.rank,
+        choice=BalancedChoice(balance, groups.rank) if balance else StaticChoice(groups.rank),
+    )
+    mine_TH = x_TH[rows[groups.rank] : rows[groups.rank + 1]].repeat(8, 1)
+    outputs = []
+    for step_TH in mine_TH.split(8):
+        if balance:
+            balance.expect(8)
+            assert not balance.applies
+        outputs.append(layer.forward(step_TH))
+    exchanges = dispatcher.ledger.intra_node_bytes("counts/node")
+    return torch.cat(outputs), int(layer.tokens_per_slot_S.sum()), exchanges
+
+
+def test_small_steps_go_by_recent_counts(rank_pool):
+    """Where no step is worth an exchange, ranks still come out more even, with the same bits."""
+    topology = Topology(num_nodes=2, ranks_per_node=2)
+    rows = [0, 40, 80, 120, 160]
+    static, recent = (
+        rank_pool.run(small_steps, topology, rows, mode) for mode in ("static", "auto")
+    )
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(static, recent, strict=True))
+    loads = {"static": [r[1] for r in static], "recent": [r[1] for r in recent]}
+    assert sum(loads["recent"]) == sum(loads["static"]) == 160 * 8 * 3
+    assert max(loads["recent"]) < 0.9 * max(loads["static"])
+    # 40 steps of 8 tokens, an exchange every 64
+    assert [r[2] for r in recent] == [5 * 4 * EXPERTS] * 4
 
 
 def test_activated_experts_on_one_copy_each(rank_pool):
