@@ -17,12 +17,14 @@ from typing import NamedTuple
 
 from router.flow import Flow
 
-_TRIALS = 6
+_FEW, _MANY = 6, 60  # moves tried where there is a choice, and where none of those few is good
+_AS_HOPED = 0.8  # a move that brings this part of what it should is not compared with others
 _WORTH = 1e-4  # a move must bring at least this part of a rank's mean load below the target
 
 
 class _Division(NamedTuple):
-    """excess: load above the ranks' caps. crowded: the experts and ranks of the worst bottleneck."""
+    """excess: load above the ranks' caps. crowded: the experts and ranks of the bottleneck
+    with most above the caps per rank; too_much: how much that is in all."""
 
     excess: int
     room_R: list[int]
@@ -50,13 +52,13 @@ def few_moves(
     while division.excess:
         enough = max(0, division.excess - worth)
         tried = [(slots, division)]
-        for propose, cost in ((_copies, 1), (_swaps, 2)):
+        for propose, cost, trials in _WAYS:
             if moves + cost > max_moves:
                 continue
-            for changes in propose(slots, load, division):
+            for helps, changes in propose(slots, load, division)[:trials]:
                 after = _changed(slots, changes)
                 tried.append((after, _divide(after, load, caps)))
-                if not tried[-1][1].excess:
+                if tried[-1][1].excess <= division.excess - _AS_HOPED * helps:
                     break
             after, divided = min(tried, key=lambda t: t[1].excess)
             if divided.excess <= enough:
@@ -79,7 +81,7 @@ def _changed(slots: list[list[int]], changes: Sequence[_Change]) -> list[list[in
 def _holders(slots: list[list[int]], num_experts: int) -> list[list[int]]:
     holders: list[list[int]] = [[] for _ in range(num_experts)]
     for rank, experts in enumerate(slots):
-        for expert in experts:
+        for expert in set(experts):
             if expert >= 0:
                 holders[expert].append(rank)
     return holders
@@ -106,25 +108,25 @@ def _divide(slots: list[list[int]], load: Sequence[int], caps: Sequence[int]) ->
     for (i, rank), amount in zip(edges, amounts, strict=True):
         flow[several[i], rank] = amount
         room[rank] -= amount
-    crowded: tuple[list[int], list[int]] = [], []
-    worst = 0
+    crowded: tuple[list[int], list[int]] = [], [0]
+    too_much = 0
     for index, ranks in bottlenecks:
         chosen = set(index)
         excess = sum([tokens[i] for i in index])
         excess -= sum([a for (i, _), a in zip(edges, amounts, strict=True) if i in chosen])
-        if excess > worst:
-            worst, crowded = excess, ([several[i] for i in index], ranks)
+        if excess * len(crowded[1]) > too_much * len(ranks):
+            too_much, crowded = excess, ([several[i] for i in index], ranks)
     for rank, excess in enumerate(over):
-        if excess > worst:
-            worst, crowded = excess, ([], [rank])
+        if excess * len(crowded[1]) > too_much:
+            too_much, crowded = excess, ([], [rank])
     excess = sum(over) + sum(tokens) - sum(amounts)
-    return _Division(excess, [max(0, r) for r in room], flow, crowded, worst)
+    return _Division(excess, [max(0, r) for r in room], flow, crowded, too_much)
 
 
 def _copies(
     slots: list[list[int]], load: Sequence[int], division: _Division
-) -> list[list[_Change]]:
-    """One more copy of a crowded expert, outside the crowd."""
+) -> list[tuple[int, list[_Change]]]:
+    """(load it should bring below the target, changes), the best first. One more copy of a crowded expert, outside the crowd."""
     holders = _holders(slots, len(load))
     shared, ranks = division.crowded
     crowd = set(ranks)
@@ -149,11 +151,13 @@ def _copies(
                     helps = min(gets, division.too_much, load[expert])
                     found.append((-helps, used, -load[expert], rank, slot, expert))
     found.sort()
-    return [[_Change(rank, slot, expert)] for *_, rank, slot, expert in found[:_TRIALS]]
+    return [(-minus, [_Change(rank, slot, expert)]) for minus, _, _, rank, slot, expert in found]
 
 
-def _swaps(slots: list[list[int]], load: Sequence[int], division: _Division) -> list[list[_Change]]:
-    """A single expert of the crowd and a lighter one outside change places."""
+def _swaps(
+    slots: list[list[int]], load: Sequence[int], division: _Division
+) -> list[tuple[int, list[_Change]]]:
+    """The same: a single expert of the crowd and a lighter one outside change places."""
     holders = _holders(slots, len(load))
     crowd = set(division.crowded[1])
     singles = [
@@ -173,6 +177,10 @@ def _swaps(slots: list[list[int]], load: Sequence[int], division: _Division) -> 
                 found.append((-helps, rank, slot, other_rank, other_slot, heavy, light))
     found.sort()
     return [
-        [_Change(rank, slot, light), _Change(other_rank, other_slot, heavy)]
-        for _, rank, slot, other_rank, other_slot, heavy, light in found[:_TRIALS]
+        (-minus, [_Change(rank, slot, light), _Change(other_rank, other_slot, heavy)])
+        for minus, rank, slot, other_rank, other_slot, heavy, light in found
     ]
+
+
+_WAYS = ((_copies, 1, _FEW), (_swaps, 2, _FEW), (_copies, 1, _MANY), (_swaps, 2, _MANY))
+"""Moves of how many experts, and how many of them to try, until one is good."""

@@ -197,7 +197,7 @@ class _Layer:
             if all_moves <= most and after - imbalance > _WORTH * (all_moves - moves):
                 reason = f"full plan, {all_moves} moves: {before:.3f} -> {imbalance:.3f}"
                 return anew_S, self._explained(imbalance, all_moves, reason)
-        if after >= before:
+        if not moves or after > before:
             return present_S, self._explained(before, 0, f"kept: no moves improve {before:.3f}")
         short = "" if reached else f", target {target:.3f} not reached"
         return row_S, self._explained(

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.placement import Placement
+from router.placement import Move, Placement, settle
 
 
 @st.composite
@@ -126,6 +126,57 @@ def test_with_one_copy_the_source_does_not_matter(num_experts, num_ranks):
     ids = torch.arange(num_experts).unsqueeze(0)
     expected = layer.choose_slots(ids, 0)
     assert all(torch.equal(layer.choose_slots(ids, r), expected) for r in range(num_ranks))
+
+
+@settings(max_examples=60, deadline=None)
+@given(contiguous_placements())
+def test_copies_are_listed_in_ascending_order_and_padded(case):
+    """The same table, written as loops."""
+    placement, _ = case
+    for layer, row in enumerate(placement.physical_to_logical.tolist()):
+        copies = [
+            [slot for slot, e in enumerate(row) if e == x] for x in range(placement.num_experts)
+        ]
+        width = placement.logical_to_physical.shape[2]
+        padded = [slots + [-1] * (width - len(slots)) for slots in copies]
+        assert placement.logical_to_physical[layer].tolist() == padded
+
+
+def test_other_rows_make_the_next_epoch():
+    placement = Placement.contiguous(3, 4, 2, epoch=5)
+    row = np.array([3, 2, 1, 0])
+    changed = placement.with_layers({1: row})
+    assert changed.physical_to_logical.tolist() == [[0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3]]
+    assert (changed.epoch, placement.with_layers({}, epoch=9).epoch) == (6, 9)
+    assert placement.physical_to_logical[1].tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"layer 1 has no copy of experts \[2, 3\]"):
+        placement.with_layers({1: np.array([0, 1, 1, 0])})
+
+
+def test_moves_are_what_is_new_to_a_rank():
+    before = Placement(
+        physical_to_logical=np.array([[0, 1, 2, -1]] * 2), num_experts=3, num_ranks=2
+    )
+    after = before.with_layers({1: np.array([1, 0, 0, 2])})  # rank 0 only swaps its slots
+    assert after.moves_from(before) == [Move(layer=1, slot=2, expert=0)]
+    assert before.moves_from(after) == []
+    assert before.moves_from(before) == []
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_what_stays_keeps_its_slot(num_ranks, slots_per_rank, random):
+    def row():
+        ranks = [random.sample(range(-1, 7), slots_per_rank) for _ in range(num_ranks)]
+        return np.array([e for rank in ranks for e in rank])
+
+    current, target = row(), row()
+    settled = settle(current, target, slots_per_rank)
+    for start in range(0, len(target), slots_per_rank):
+        mine = slice(start, start + slots_per_rank)
+        assert sorted(settled[mine].tolist()) == sorted(target[mine].tolist())
+        for slot in range(mine.start, mine.stop):
+            if current[slot] >= 0 and current[slot] in target[mine]:
+                assert settled[slot] == current[slot]
 
 
 def test_a_placement_cannot_be_changed():

@@ -73,6 +73,18 @@ def test_without_spare_slots_two_experts_change_places():
     assert result.layers[0].imbalance == 1.0
 
 
+def test_equally_bad_ranks_are_helped_one_by_one():
+    """Two ranks have 4 of mean 2 each: the first move cannot lower the maximum, the second does."""
+    current = Placement(
+        physical_to_logical=np.array([[0, -1, 1, -1, 2, -1, 3, -1]]), num_experts=4, num_ranks=4
+    )
+    sizes, one = {"num_ranks": 4, "slots_per_rank": 2}, PlanOptions(max_moves=1)
+    first = planned([4.0, 4, 0, 0], sizes, current=current, options=one)
+    assert (first.moves, first.layers[0].imbalance) == (1, 2.0)
+    second = planned([4.0, 4, 0, 0], sizes, current=first.placement, options=one)
+    assert (second.moves, second.layers[0].imbalance) == (1, 1.0)
+
+
 def test_only_the_layers_asked_for_change():
     rng = np.random.default_rng(5)
     sizes = {"num_ranks": 16, "slots_per_rank": 5, "ranks_per_node": 4}
