@@ -30,7 +30,7 @@ def balance_command(sections: Sequence[str], trace: Path | None, json_file: Path
     if "seconds" in report:
         plan, split = report["seconds"]["plan"], report["seconds"]["split"]
         print(
-            f"58 layers of 256 experts on 64 ranks: planned in {1000 * plan:.0f} ms;"
+            f"58 layers of 256 experts on 64 ranks: planned in {1000 * plan:.0f} ms of one core;"
             f" a batch of one layer divided in {1000 * split:.2f} ms"
         )
     if "skipped" in report:
@@ -53,7 +53,7 @@ def _planned(report: dict[str, Any]) -> Table:
 
 
 def _served(report: dict[str, Any]) -> Table:
-    title = "served max/mean, batches of 65,536 pairs, 256 experts on 64 ranks"
+    title = "served max/mean, 65,536 pairs a batch, 64 ranks"
     columns = ("jitter", "mean", "p99", "EPLB", "p99", "EPLB, our split", "p99")
     table = Table(*columns, title=title, padding=TIGHT)
     for jitter, row in report.items():
@@ -88,7 +88,7 @@ def _real(report: dict[str, Any]) -> Table:
 
 
 def _drift(report: dict[str, Any]) -> Table:
-    title = "drift: experts moved per layer and step, of 320 slots"
+    title = "drift: moves per layer and step, 320 slots"
     columns = ("rho", "moves", "EPLB", "bytes", "max/mean", "p99")
     table = Table(*columns, title=title, padding=TIGHT)
     for rho, row in report.items():
@@ -104,7 +104,7 @@ def _drift(report: dict[str, Any]) -> Table:
 
 
 def _sends(report: dict[str, Any]) -> Table:
-    title = "tokens sent to other nodes, recorded routing, 4 nodes x 4 ranks x 5 slots"
+    title = "recorded routing, 4 nodes x 4 ranks x 5 slots"
     table = Table("sends per token", "one per expert", "ratio", "max/mean", title=title)
     table.add_row(
         f"{report['per_token']:.3f}",

@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from simulations import balance_drift, balance_planned, balance_real, balance_served
+from simulations import (
+    balance_drift,
+    balance_planned,
+    balance_real,
+    balance_sends,
+    balance_served,
+)
 from simulations.workload import NUM_LAYERS
 
 SECTIONS = ("planned", "served", "real", "drift", "sends")
@@ -48,4 +54,6 @@ def run(
             report["drift"] = balance_drift.drift(progress)
         elif name == "real" and trace is not None:
             report["real"] = balance_real.real(trace, progress)
+        elif name == "sends" and trace is not None:
+            report["sends"] = balance_sends.sends(trace, progress)
     return report

@@ -6,7 +6,14 @@ from scipy.optimize import linprog
 
 from router.load import ExpertLoad, LoadFileError
 from router.placement import Placement
-from simulations import balance_drift, balance_planned, balance_real, balance_served, bench_balance
+from simulations import (
+    balance_drift,
+    balance_planned,
+    balance_real,
+    balance_sends,
+    balance_served,
+    bench_balance,
+)
 from simulations.balance_planned import planned_placement, rank_loads, replanned
 from simulations.balance_served import Served, even_imbalance_L
 from simulations.workload import SHAPES, planned_loads, served_counts
@@ -154,6 +161,7 @@ def test_all_sections_that_the_trace_allows(monkeypatch, trace) -> None:
         (balance_served, "served"),
         (balance_drift, "drift"),
         (balance_real, "real"),
+        (balance_sends, "sends"),
     ):
         monkeypatch.setattr(module, name, lambda *arguments, name=name: name)
     without = bench_balance.run()
@@ -161,3 +169,4 @@ def test_all_sections_that_the_trace_allows(monkeypatch, trace) -> None:
         "skipped": ["real", "sends"]
     }
     assert bench_balance.run(["real"], trace) == {"real": "real"}
+    assert set(bench_balance.run(trace=trace)) == {*bench_balance.SECTIONS, "seconds"}
