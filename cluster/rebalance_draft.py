@@ -61,6 +61,7 @@ def draft(
         slots_per_rank=current.slots_per_rank,
         ranks_per_node=current.ranks_per_node,
         current=None if from_scratch else current,
+        layers=None if from_scratch else only,
         options=PlanOptions(target=target),
     )
     layers = range(current.num_layers) if only is None else sorted(only)

@@ -12,20 +12,23 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.balance_record import BalanceRecord, Look, sampled_rows
 from cluster.config import EplbConfig
+from cluster.draft_aside import Drafting, draft_aside
 from cluster.mover import Counters, Mover
 from cluster.ranks import Rank, RanksError, ask_all
-from cluster.rebalance_draft import Draft, draft, imbalances
+from cluster.rebalance_draft import Draft, imbalances
 from cluster.rollout import Leaders, Rollout
 from cluster.server.errors import Code, RequestError
 from router.load import ExpertLoad, LoadWindow
 from router.load_files import dump_window
 from router.placement import Placement
-from router.policy import Policy, PolicyOptions
+from router.policy import Decision, Policy, PolicyOptions
 
 LOOK_TIMEOUT_S = 10.0
+PLAN_TIMEOUT_S = 300.0
 MAX_PAUSE_S = 300.0
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class Rebalancer:
         placement: Placement,
         ranks: Sequence[Rank],
         leaders: Leaders,
+        make_draft: Drafting = draft_aside,
     ) -> None:
         self.facts = facts
         self.record = BalanceRecord()
@@ -78,7 +82,9 @@ class Rebalancer:
         )
         rollout = Rollout(ranks, leaders, config.prepare_timeout_s, placement.epoch)
         self._mover = Mover(placement, rollout, facts.model_layers)
+        self._make_draft = make_draft
         self._watching: asyncio.Task[None] | None = None
+        self._acting: asyncio.Task[None] | None = None
         self._planning = asyncio.Lock()
         self._verdict = "not enough load recorded yet"
 
@@ -90,10 +96,11 @@ class Rebalancer:
 
     async def stop(self) -> None:
         """Returns when nothing of it runs any more."""
-        watching, self._watching = self._watching, None
-        if watching:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+        tasks = [task for task in (self._watching, self._acting) if task]
+        self._watching = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._mover.stop()
 
     @property
@@ -177,9 +184,16 @@ class Rebalancer:
                 f"not enough load recorded yet: {self.tokens_recorded} tokens of "
                 f"eplb_config.min_tokens = {self._config.min_tokens}"
             )
-        return await asyncio.to_thread(
-            draft, load, self.placement, target=target, from_scratch=from_scratch
-        )
+        return await self._plan(load, target=target, from_scratch=from_scratch)
+
+    async def _plan(self, load: ExpertLoad, **options: Any) -> Draft:
+        try:
+            async with asyncio.timeout(PLAN_TIMEOUT_S):
+                return await self._make_draft(load, self.placement, **options)
+        except TimeoutError:
+            raise RequestError(
+                Code.DEADLINE_EXCEEDED, f"no plan was made within {PLAN_TIMEOUT_S:g} s"
+            ) from None
 
     # The watch ----------------------------------------------------------------------------------
 
@@ -212,21 +226,28 @@ class Rebalancer:
         load = self.load()
         if load is None or self.tokens_recorded < self._config.min_tokens or self._pause_s():
             return
-        async with self._planning:
-            if self.running:
-                return
-            decision = await asyncio.to_thread(self._policy.decide, self._window, self.placement)
-            self._verdict = decision.reason
-            if not decision.rebalance:
-                return
-            drafted = await asyncio.to_thread(
-                draft, load, self.placement, target=self._config.target, only=decision.layers
-            )
-            worthwhile = self._worthwhile(drafted)
-            if worthwhile.rows:
-                self._mover.begin(worthwhile, decision.reason)
-            else:
-                self._verdict = f"no plan pays for its moves: {decision.reason}"
+        if self.running or self._planning.locked():
+            return
+        decision = await asyncio.to_thread(self._policy.decide, self._window, self.placement)
+        self._verdict = decision.reason
+        if decision.rebalance:
+            # Beside the watch, which goes on while a plan is made.
+            self._acting = asyncio.create_task(self._act(load, decision), name="rebalancer-act")
+
+    async def _act(self, load: ExpertLoad, decision: Decision) -> None:
+        try:
+            async with self._planning:
+                if self.running:
+                    return
+                drafted = await self._plan(load, target=self._config.target, only=decision.layers)
+                worthwhile = self._worthwhile(drafted)
+                if worthwhile.rows:
+                    self._mover.begin(worthwhile, decision.reason)
+                else:
+                    self._verdict = f"no plan pays for its moves: {decision.reason}"
+        except Exception as error:
+            self.counters.fail(f"{type(error).__name__}: {error}")
+            logger.exception("rebalancer: no plan")
 
     def _pause_s(self) -> float:
         """Seconds left of the pause after failures: twice as long after each in a row."""

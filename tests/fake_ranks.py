@@ -42,6 +42,9 @@ class FakeRank:
         }
 
     async def prepare(self, epoch, layer, row):
+        for _ in range(1000):  # as a real one, which may learn of the last flip a moment later
+            if self.at.epoch < epoch - 1:
+                await asyncio.sleep(0.001)
         assert epoch == self.at.epoch + 1, f"prepare {epoch} at {self.at.epoch}"
         assert self.prepared is None, f"rank {self.idx} has {self.prepared.epoch} prepared already"
         if self.behaviour == "fails":

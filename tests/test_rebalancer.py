@@ -7,9 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from cluster import draft_aside as draft_aside_module
+from cluster import rebalancer as rebalancer_module
 from cluster.config import EplbConfig
 from cluster.rebalancer import ExpertFacts, Rebalancer
 from cluster.server.errors import RequestError
+from router.load import ExpertLoad
 from router.load_files import read_window
 from router.placement import Placement
 from tests.fake_ranks import cluster, placement
@@ -202,6 +205,7 @@ def test_what_fails_is_counted_explained_and_tried_again_later(behaviour):
 
     case.run(scenario)
     assert case.counters.started == 4
+    assert (case.counters.failures, case.counters.doing) == (0, "")
     assert case.at.epoch == 2
 
 
@@ -293,6 +297,80 @@ def test_an_error_of_our_own_is_shown_and_does_not_end_the_watch(monkeypatch):
         await case.until(lambda: case.counters.finished)
 
     case.run(scenario)
+
+
+@pytest.mark.parametrize("why", ["breaks", "hangs"])
+def test_a_plan_that_is_not_made_is_told_and_tried_again(why, monkeypatch):
+    monkeypatch.setattr(rebalancer_module, "PLAN_TIMEOUT_S", 0.02)
+    case = Cluster()
+    make_draft = case.rebalancer._make_draft
+
+    async def no_draft(*_, **__):
+        if why == "hangs":
+            await asyncio.sleep(3600)
+        raise ValueError("no such shape")
+
+    async def scenario():
+        case.rebalancer._make_draft = no_draft
+        told = {"breaks": "ValueError: no such shape", "hangs": "no plan was made within 0.02 s"}
+        await case.until(lambda: told[why] in case.counters.last_error)
+        with pytest.raises(
+            (ValueError, RequestError), match=told[why].removeprefix("ValueError: ")
+        ):
+            await case.rebalancer.rebalance()
+        monkeypatch.undo()
+        case.rebalancer._make_draft = make_draft
+        await case.until(lambda: case.counters.finished)
+
+    case.run(scenario)
+
+
+def test_the_watch_goes_on_while_a_plan_is_made():
+    case = Cluster()
+    asked = []
+
+    async def slow_draft(*_, **__):
+        asked.append(time.monotonic())
+        await asyncio.sleep(3600)
+
+    async def scenario():
+        case.rebalancer._make_draft = slow_draft
+        await case.until(lambda: asked)
+        looks = {id(case.rebalancer.record.last): case.rebalancer.record.last}
+        while len(looks) < 4:
+            await asyncio.sleep(0.005)
+            looks[id(case.rebalancer.record.last)] = case.rebalancer.record.last
+        assert len(asked) == 1, "one plan at a time"
+
+    case.run(scenario)
+
+
+def test_large_plans_are_made_by_ray_and_small_ones_here(monkeypatch):
+    """The same function either way; what Ray does with it is Ray's."""
+    calls = []
+
+    class Task:
+        def options(self, **options):
+            calls.append(options)
+            return self
+
+        async def remote(self, *args, **options):
+            return self.function(*args, **options)
+
+    def remote(function):
+        task = Task()
+        task.function = function
+        return task
+
+    monkeypatch.setattr(draft_aside_module.ray, "remote", remote)
+    load = ExpertLoad(mean_LE=np.tile(SKEWED, (2, 1)).astype(float))
+    small = asyncio.run(draft_aside_module.draft_aside(load, placement(), target=1.02))
+    assert calls == []
+    monkeypatch.setattr(draft_aside_module, "SMALL", 23)
+    large = asyncio.run(draft_aside_module.draft_aside(load, placement(), target=1.02))
+    assert calls == [{"num_cpus": 0, "max_retries": 0}]
+    assert small.effects == large.effects
+    assert small.num_moves > 0
 
 
 def test_a_watch_that_ended_says_so():

@@ -80,6 +80,18 @@ def test_a_rank_that_does_not_prepare_leaves_the_old_slots_everywhere(behaviour,
     assert leaders.committed == [1]
 
 
+def test_one_failure_is_enough_and_the_others_are_not_waited_for():
+    ranks, leaders = cluster()
+    ranks[0].behaviour, ranks[1].behaviour = "hangs", "fails"
+
+    async def scenario():
+        with pytest.raises(RanksError, match=r"rank 1 .* no holder answers"):
+            await change(Rollout(ranks, leaders, 3600), ranks)
+
+    run(scenario())
+    assert all(rank.abandoned == [1] for rank in ranks)
+
+
 def test_nothing_new_is_prepared_until_every_rank_has_forgotten_the_old():
     ranks, leaders = cluster()
     ranks[1].behaviour, ranks[3].deaf = "fails", True
