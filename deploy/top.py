@@ -5,8 +5,8 @@ printed once; 130 on Ctrl-C before anything could be shown; 2 when no server ans
 that a wrong endpoint is told at once. A server that goes away later is waited for.
 """
 
-import signal
 import time
+from contextlib import suppress
 
 from rich.console import Console
 from rich.live import Live
@@ -15,6 +15,7 @@ from rich.text import Text
 from cluster.server.client import ClientError
 from deploy.control_calls import ControlCalls, report
 from deploy.keys import pressed_keys
+from deploy.leaving import Leaving
 from deploy.top_frame import Frame, Snapshot
 
 _TIMEOUT_S = 3.0  # of a call; longer than any pause of a server that is well
@@ -32,13 +33,9 @@ def top_command(endpoint: str, interval_s: float, *, once: bool) -> int:
             console.print(Frame(snapshot, Text(time.strftime("%H:%M:%S"), "dim")))
             return 0
         view = LiveView(calls, snapshot, interval_s)
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            view.show(console)
-        except KeyboardInterrupt:
-            pass  # that is how people leave
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+        leaving = Leaving()
+        with suppress(KeyboardInterrupt), leaving.handled():
+            view.show(console, leaving)
     # The live view used the alternate screen; its last frame is worth keeping.
     console.print(view.frame)
     return 0
@@ -63,17 +60,20 @@ class LiveView:
     def frame(self) -> Frame:
         return Frame(self._snapshot, self._status)
 
-    def show(self, console: Console) -> None:
+    def show(self, console: Console, leaving: Leaving) -> None:
         """Until q or KeyboardInterrupt; follows the size of the terminal, and leaves it as it was."""
         live = Live(self.frame, console=console, screen=True)
         with pressed_keys() as key:
             try:
-                live.start(refresh=True)
+                with leaving.drawing():
+                    live.start(refresh=True)
                 while key(self._interval_s) not in ("q", "Q"):
                     self.poll()
-                    live.update(self.frame, refresh=True)
+                    with leaving.drawing():
+                        live.update(self.frame, refresh=True)
             finally:
-                live.stop()
+                with leaving.drawing():
+                    live.stop()
 
     def poll(self) -> None:
         """Ask once; what was seen last stays when there is no answer."""
