@@ -9,6 +9,7 @@ L expert layers, R ranks.
 
 import asyncio
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,11 +28,12 @@ from deploy.exit_code import exit_code_of
 from deploy.json_file import write_json
 from deploy.local_ray import local_ray
 from deploy.models.domain_prompts import DOMAIN_PROMPTS
-from deploy.picture import draw_balance
+from deploy.picture import PictureError, check_pictures, draw_balance
 from deploy.serve import cpus_for
 from deploy.settings import load_config
 
-SAMPLE_S = 1.0
+SAMPLE_S = 0.5
+PAIRS = 2_000
 LATE = 1.1  # of the static run's 99th percentile: a step that somebody could notice
 LAYOUT = ("experts.num_redundant_experts=16", "eplb_config.interval_s=0.5")
 
@@ -56,10 +58,13 @@ class Run:
     migration: dict[str, Any] = field(default_factory=dict)
 
     def balancedness(self) -> Iterator[tuple[float, str, float]]:
-        """Between every two samples: when, in which domain, and mean over layers of mean / max."""
-        for (_, _, before), (when, domain, after) in itertools.pairwise(self.samples):
-            if (served := after - before).sum(axis=0).all():
-                yield when, domain, balancedness(served)
+        """In windows of PAIRS pairs: thousands of pairs so far, the domain, mean over layers of mean /
+        max over ranks. Smaller windows would show how tokens happen to fall, not how ranks are loaded."""
+        _, _, before = self.samples[0]
+        for _, domain, after in self.samples[1:]:
+            if (after - before)[:, 0].sum() >= PAIRS:
+                yield after[:, 0].sum() / 1e3, domain, balancedness(after - before)
+                before = after
 
     def of_domain(self, domain: str) -> tuple[float, float]:
         """Balancedness of the first third of a domain's tokens, and of the last."""
@@ -85,6 +90,11 @@ def rebalance_command(
         _show(console, report)
         write_json(json_file, report)
 
+    try:
+        check_pictures(picture)
+    except PictureError as error:
+        print(error, file=sys.stderr)
+        return 2
     code = exit_code_of(measure, interrupted=130)
     return code or int(bool(report["lost_requests"]) or not report["same_tokens"])
 

@@ -1,42 +1,68 @@
 """Pictures of measurements, with matplotlib (`pip install expertmesh[report]`)."""
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+_COLOURS = {"static": "tab:gray", "rebalanced": "tab:blue"}
 
 
 class PictureError(RuntimeError):
     """A picture cannot be made here."""
 
 
-def draw_balance(path: Path, curves: Mapping[str, Sequence[tuple[float, str, float]]]) -> None:
-    """Balancedness over time, one curve per run, with the domains of the traffic marked.
+def check_pictures(path: Path | None) -> None:
+    """Before the work: raise PictureError where `path` could not be drawn to. None: none is wanted."""
+    if path is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PictureError("pictures need matplotlib: pip install 'expertmesh[report]'")
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise PictureError(f"{path}: a picture is a .png, .svg or .pdf file")
+    if not path.resolve().parent.is_dir():
+        raise PictureError(f"{path}: there is no directory {path.parent}")
 
-    A point is (seconds, domain, mean over layers of mean / max). Raises PictureError without
-    matplotlib; the suffix of `path` says which format.
+
+def draw_balance(path: Path, curves: Mapping[str, Sequence[tuple[float, str, float]]]) -> None:
+    """How even the ranks' load was, one curve per run, with the domains of the traffic marked.
+
+    A point is (thousands of (token, expert) pairs served by a layer, domain, mean over layers of mean
+    / max over ranks).
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PictureError("pictures need matplotlib: pip install 'expertmesh[report]'") from None
-    figure = Figure(figsize=(8, 1 + 2 * len(curves)), layout="constrained")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    rows = figure.subplots(len(curves), sharey=True, squeeze=False)[:, 0]
-    for axes, (name, points) in zip(rows, curves.items(), strict=True):
-        axes.plot([p[0] for p in points], [p[2] for p in points], color="tab:blue", marker=".")
-        _mark_domains(axes, points)
-        axes.set(title=name, ylabel="balancedness", ylim=(0.3, 1.02))
-        axes.grid(alpha=0.3)
-    rows[-1].set_xlabel("seconds")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot(
+            [x for x, _, _ in points],
+            [y for _, _, y in points],
+            color=_COLOURS.get(name),
+            marker=".",
+            label=name,
+        )
+    begins = _domain_begins(next(iter(curves.values())))
+    for x, domain in begins:
+        axes.axvline(x, color="black", linewidth=0.8, linestyle=":")
+        axes.text(x, 0.41, f" {domain}")
+    axes.set(
+        xlabel="thousand (token, expert) pairs served by each layer",
+        ylabel="balancedness (mean / max over ranks)",
+        ylim=(0.4, 1.02),
+    )
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
-def _mark_domains(axes: object, points: Sequence[tuple[float, str, float]]) -> None:
-    from matplotlib.axes import Axes
-
-    assert isinstance(axes, Axes)
-    domains = list(dict.fromkeys(domain for _, domain, _ in points))
-    for idx, domain in enumerate(domains):
-        times = [when for when, name, _ in points if name == domain]
-        axes.axvspan(times[0], times[-1], alpha=0.08 + 0.08 * (idx % 2), color="tab:gray")
-        axes.text(times[0], 0.33, f" {domain}")
+def _domain_begins(points: Sequence[tuple[float, str, float]]) -> list[tuple[float, str]]:
+    """Where each domain's traffic begins: at the end of the one before."""
+    begins: list[tuple[float, str]] = []
+    last = 0.0
+    for x, domain, _ in points:
+        if not begins or begins[-1][1] != domain:
+            begins.append((last, domain))
+        last = x
+    return begins
