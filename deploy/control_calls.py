@@ -16,7 +16,6 @@ from cluster.server.errors import Code
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
 from cluster.server.proto.expertmesh.v1 import control_pb2_grpc as pb_grpc
 
-DEFAULT_ENDPOINT = "127.0.0.1:50051"
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     # A viewer must see a server that is back within seconds; the default backs off to minutes.
