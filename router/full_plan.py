@@ -45,11 +45,8 @@ def full_plan(
 
 def _cut(load_E: FloatArray, score_E: FloatArray, ranks: Ranks) -> tuple[list[list[int]], bool]:
     """The experts of each rank, and whether all ranks are known to carry what they should."""
-    if ranks.slots_per_rank == 1:  # nobody can share a rank
-        alone: list[list[int]] = [[] for _ in range(ranks.num_ranks)]
-        for expert, rank in enumerate(ranks.striped[: len(load_E)].tolist()):
-            alone[rank].append(expert)
-        return alone, False
+    if ranks.slots_per_rank == 1:
+        return _one_each(load_E, ranks), False
     capacity_R = ranks.capacity_R(load_E)
     enough = ranks.num_slots - len(load_E) >= ranks.num_ranks - 1
     for score, heavy in ((score_E, 0.5), (load_E, 0.5), (load_E, 0.9), (load_E, 0.3)):
@@ -60,6 +57,19 @@ def _cut(load_E: FloatArray, score_E: FloatArray, ranks: Ranks) -> tuple[list[li
         return ring.experts_of_rank, False
     cut = exact_cut(load_E.tolist(), capacity_R[ranks.striped].tolist(), ranks.slots_per_rank)
     return _spread(cut, ranks), len(set(ranks.speed_R.tolist())) == 1
+
+
+def _one_each(load_E: FloatArray, ranks: Ranks) -> list[list[int]]:
+    """One expert per rank: each further copy to the one with the most load per copy."""
+    spare = ranks.num_ranks - len(load_E)
+    load_per_copy = (load_E[:, None] / np.arange(1, spare + 1)).ravel()
+    given = np.argsort(-load_per_copy, kind="stable")[:spare] // max(1, spare)
+    copies_E = 1 + np.bincount(given, minlength=len(load_E))
+    of_rank: list[list[int]] = [[] for _ in range(ranks.num_ranks)]
+    experts = np.repeat(np.arange(len(load_E)), copies_E).tolist()
+    for rank, expert in zip(ranks.striped.tolist(), experts, strict=True):
+        of_rank[rank].append(expert)
+    return of_rank
 
 
 def _spread(cut: list[list[int]], ranks: Ranks) -> list[list[int]]:

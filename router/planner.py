@@ -191,18 +191,17 @@ class _Layer:
         row_S, reached = self._moved(present_S, most)
         moves = num_moves(present_S, row_S, self.ranks.slots_per_rank)
         after = self.ranks.imbalance(row_S, self.mean_E)
+        reason = f"{moves} moves: {before:.3f} -> {after:.3f}"
         if not reached:
+            reason += f", target {target:.3f} not reached"
             anew_S, imbalance = self._anew(present_S)
             all_moves = num_moves(present_S, anew_S, self.ranks.slots_per_rank)
             if all_moves <= most and after - imbalance > _WORTH * (all_moves - moves):
-                reason = f"full plan, {all_moves} moves: {before:.3f} -> {imbalance:.3f}"
-                return anew_S, self._explained(imbalance, all_moves, reason)
+                row_S, moves, after = anew_S, all_moves, imbalance
+                reason = f"full plan, {moves} moves: {before:.3f} -> {after:.3f}"
         if not moves or after > before:
             return present_S, self._explained(before, 0, f"kept: no moves improve {before:.3f}")
-        short = "" if reached else f", target {target:.3f} not reached"
-        return row_S, self._explained(
-            after, moves, f"{moves} moves: {before:.3f} -> {after:.3f}{short}"
-        )
+        return row_S, self._explained(after, moves, reason)
 
     def _moved(self, present_S: IntArray, most: int) -> tuple[IntArray, bool]:
         """(the row after moves, whether the target is reached)."""

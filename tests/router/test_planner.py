@@ -114,6 +114,23 @@ def test_volatile_experts_get_the_copies():
     assert copies_E[sigma_E > 0].sum() > copies_E[sigma_E == 0].sum() * 16 / 48 * 1.5
 
 
+def test_the_more_loads_vary_the_more_experts_have_a_choice():
+    mean_E = np.random.default_rng(8).lognormal(0, 1, (1, 256))
+    sizes = {"num_ranks": 64, "slots_per_rank": 5, "ranks_per_node": 8}
+    loads_by_sigma = [ExpertLoad(mean_LE=mean_E, sigma_LE=mean_E * s) for s in (0, 0.5, 1)]
+    copies = [plan(load, **sizes).placement.replica_counts[0] for load in loads_by_sigma]
+    with_choice = [(copies_E > 1).sum() for copies_E in copies]
+    assert with_choice[0] < with_choice[1] < with_choice[2]
+
+
+def test_one_slot_per_rank_gives_copies_by_load():
+    """3 : 1 on 4 ranks of one slot, on 2 nodes: three copies and one."""
+    sizes = {"num_ranks": 4, "slots_per_rank": 1, "ranks_per_node": 2}
+    result = planned([3.0, 1.0], sizes)
+    assert result.placement.replica_counts[0].tolist() == [3, 1]
+    assert result.layers[0].imbalance == 1.0
+
+
 def test_jittered_batches_stay_even():
     """The published bound for the plain cut at this jitter is 1.034 mean, 1.111 p99."""
     rng = np.random.default_rng(2)
