@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from comms.groups import ParallelGroups
 from comms.topology import Topology
 from comms.transfer import Source, TransferClient, TransferError, connect_transfers
 from comms.transfer_server import TransferServer
-from comms.transfer_wire import ANSWER, CHUNK, NONCE_BYTES, REQUEST
+from comms.transfer_wire import ANSWER, CHUNK, FETCH, NONCE_BYTES, REQUEST, new_nonce, prove
 from tests.comms.faulty_proxy import Fault, FaultyProxy
 
 SECRET = b"known to all ranks"
@@ -91,7 +92,7 @@ def test_a_wrong_size_and_an_empty_slot_are_named(server):
 def test_nothing_is_served_to_who_does_not_know_the_secret():
     asked = []
     server = TransferServer(lambda *item: asked.append(item), host="127.0.0.1", secret=SECRET)
-    with pytest.raises(TransferError, match="closed the connection"):
+    with pytest.raises(TransferError, match=r"closed the connection|reset"):
         get(client_of(server.port, secret=b"guessed"), 8)
     server.close()
     assert asked == []
@@ -118,18 +119,16 @@ def test_nothing_is_taken_from_who_does_not_know_the_secret():
 @settings(max_examples=40, deadline=None)
 @given(junk=st.one_of(st.binary(max_size=3 * REQUEST.size), st.just(b"GET / HTTP/1.1\r\n\r\n" * 9)))
 def test_strangers_hurt_only_their_own_connection(server, junk):
+    answer = b""
     with socket.create_connection(("127.0.0.1", server.port)) as stranger:
-        stranger.sendall(junk)
-        stranger.shutdown(socket.SHUT_WR)
-        assert get(client_of(server.port), 99, slot=99) == DATA[:99]
-        stranger.settimeout(5.0)
-        answer = b""
-        try:
+        stranger.settimeout(20.0)
+        with suppress(OSError):  # it hung up with our junk unread
+            stranger.sendall(junk)
+            assert get(client_of(server.port), 99, slot=99) == DATA[:99]
+            stranger.shutdown(socket.SHUT_WR)
             while data := stranger.recv(4096):
                 answer += data
-        except ConnectionError:  # it closed with our junk unread
-            pass
-        assert len(answer) <= NONCE_BYTES
+    assert len(answer) <= NONCE_BYTES
 
 
 def test_too_many_callers_are_refused_and_leave_room_when_they_go(server, monkeypatch):
@@ -139,7 +138,7 @@ def test_too_many_callers_are_refused_and_leave_room_when_they_go(server, monkey
     silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
     for sock in silent:
         assert len(sock.recv(NONCE_BYTES, socket.MSG_WAITALL)) == NONCE_BYTES
-    with pytest.raises(TransferError, match=r"closed the connection|reset"):
+    with pytest.raises(TransferError, match=r"closed the connection|reset|Broken pipe"):
         get(client_of(server.port), 5, slot=5)
     for sock in silent:
         sock.close()
@@ -154,7 +153,10 @@ def test_a_broken_or_silent_connection_is_named(server, kind, after):
     with FaultyProxy(server.port) as proxy:
         proxy.faults.append(Fault(kind, after))
         client = client_of(proxy.port, stall_s=0.1)
-        reason = {"cut": r"closed the connection|reset", "stall": r"nothing came for 0\.1 s"}[kind]
+        reason = {
+            "cut": r"closed the connection|reset|Broken pipe",
+            "stall": r"nothing came for 0\.1 s",
+        }[kind]
         with pytest.raises(TransferError, match=reason) as error:
             get(client, len(DATA), slot=len(DATA))
         before = max(0, after - PAYLOAD_STARTS)
@@ -177,6 +179,19 @@ def test_bytes_that_come_too_slowly_are_given_up_at_the_deadline():
         get(client_of(server.port, stall_s=60.0), len(DATA), within_s=0.3)
     server.close()
     assert threads_of(server) == []
+
+
+def test_slow_is_not_stalled():
+    """A chunk every 50 ms, for longer than a source may be silent."""
+    server = TransferServer(
+        lambda *_: memoryview(DATA)[: 40 * 250],
+        host="127.0.0.1",
+        secret=SECRET,
+        bytes_per_s=250 / 0.05,
+        chunk_bytes=250,
+    )
+    assert get(client_of(server.port, stall_s=1.0), 40 * 250) == DATA[: 40 * 250]
+    server.close()
 
 
 @pytest.mark.parametrize("after", [PAYLOAD_STARTS, PAYLOAD_STARTS + 999, PAYLOAD_STARTS + 5000])
@@ -229,6 +244,21 @@ def test_closing_cuts_what_is_being_served():
         assert all(isinstance(f.exception(), TransferError) for f in fetches)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
+
+
+def test_closing_does_not_wait_for_a_peer_that_does_not_read(monkeypatch):
+    monkeypatch.setattr(transfer_server, "_TAKE_S", 200.0)
+    endless = memoryview(bytes(64 << 20))
+    server = TransferServer(lambda *_: endless, host="127.0.0.1", secret=SECRET)
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        theirs, mine = sock.recv(NONCE_BYTES, socket.MSG_WAITALL), new_nonce()
+        sock.sendall(REQUEST.pack(mine, prove(SECRET, FETCH, theirs, mine), 0, 0))
+        assert len(sock.recv(ANSWER.size, socket.MSG_WAITALL)) == ANSWER.size
+        closing = threading.Thread(target=server.close)
+        closing.start()
+        closing.join(100.0)
+        assert not closing.is_alive()
+    assert threads_of(server) == []
 
 
 @given(

@@ -7,6 +7,7 @@ import gc
 import os
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -146,9 +147,18 @@ class World:
             rank.check(self.placement)
 
 
-def left_over() -> tuple[list[str], int, int]:
-    """Threads of transfers, sockets, and experts in memory."""
+class LeftOver(NamedTuple):
+    """What this process has of transfers, and how many experts in memory."""
+
+    threads: list[str]
+    sockets: int
+    experts: int
+
+
+def left_over() -> LeftOver:
     gc.collect()
-    threads = [t.name for t in threading.enumerate() if t.name.startswith("transfer-serve")]
-    sockets = len(psutil.Process(os.getpid()).net_connections("all"))
-    return threads, sockets, sum(type(x) is ExpertWeights for x in gc.get_objects())
+    return LeftOver(
+        threads=[t.name for t in threading.enumerate() if t.name.startswith("transfer-serve")],
+        sockets=len(psutil.Process(os.getpid()).net_connections("all")),
+        experts=sum(type(x) is ExpertWeights for x in gc.get_objects()),
+    )

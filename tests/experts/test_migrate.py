@@ -13,6 +13,7 @@ import pytest
 from comms import transfer
 from comms.transfer import TransferClient
 from experts.migrate import MigrationError
+from experts.supply import ExpertSupply
 from router.placement import Placement
 from tests.comms.faulty_proxy import Fault
 from tests.experts.migrating import (
@@ -65,6 +66,8 @@ def test_thirty_migrations_move_what_the_plan_says(world):
             nodes = holders // before.slots_per_rank // 2
             num_moves[rank, "node" if rank // 2 in nodes else "remote"] += 1
     assert num_moves.total() > 100
+    in_force = NUM_LAYERS * world.placement.num_slots
+    assert left_over().experts <= in_force + world.placement.num_slots  # and the last ones replaced
     for rank in world.ranks:
         metrics = rank.migrator.metrics()
         assert metrics["bytes"] == {
@@ -135,6 +138,29 @@ def test_epochs_come_one_by_one(world):
     world.ranks[1].check(world.placement.with_layers({2: other}))
 
 
+def test_what_is_not_all_here_is_not_flipped_to_and_can_be_abandoned_until_the_end(world):
+    migrator, row = world.ranks[0].migrator, swapped(world.placement, 0, 0, 7)
+    get = ExpertSupply.get
+
+    def meanwhile(supply, *args):
+        weights = get(supply, *args)
+        assert not migrator.commit(1)
+        with pytest.raises(MigrationError, match="which is not prepared here"):
+            migrator.flip(1)
+        threading.Thread(target=migrator.abandon, args=[1]).start()
+        assert args[-1].wait(WAIT_S)  # the last expert is here, and now it is called off
+        return weights
+
+    with (
+        mock.patch.object(ExpertSupply, "get", meanwhile),
+        pytest.raises(MigrationError, match="rank 0: epoch 1 was abandoned"),
+    ):
+        migrator.prepare(1, 0, row, WAIT_S)
+    world.check()
+    change(world, 0, row)
+    world.check()
+
+
 @pytest.mark.parametrize(
     ("layer", "row", "problem"),
     [
@@ -180,6 +206,15 @@ def test_a_holder_that_fails_is_replaced_by_another_one_and_those_by_the_disk(wo
     ):
         getter.prepare(2, 0, row, WAIT_S)
     world.check()
+
+
+def test_a_holder_that_takes_all_the_time_leaves_some_for_the_next():
+    with World(stall_s=60.0) as world:
+        change(world, 0, brought(world, 10))
+        world.ranks[0].disk_fails = True
+        world.ranks[2].proxy.faults.append(Fault("stall", ANSWER_BYTES + 100))
+        world.ranks[0].migrator.prepare(2, 0, brought(world, 1), 3.0)
+        assert world.ranks[0].migrator.metrics()["bytes"]["remote"] == EXPERT_BYTES
 
 
 def test_ranks_spread_over_holders_and_ask_their_own_node_first(world):
