@@ -9,7 +9,7 @@ in which each rank is off by an independent amount of standard deviation _NOISE,
 
 which is low where ranks are alike on average, and where no group of them is linked weakly to the rest.
 
-R ranks, E logical experts, B candidates.
+R ranks, E logical experts, A those with several copies, B candidates.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FloatArray = NDArray[np.float64]
 
 _NOISE = 0.1  # of a rank's mean load
 _GROUND = 0.02  # a small conductance to elsewhere, without which L has no inverse
-_PASSES = 8
+_PASSES = 4
 
 
 def pack(sets: list[NodeSet], demand: Demand) -> list[int]:
@@ -79,7 +79,7 @@ class _Network:
         self.copies_E = self.held_RE.sum(axis=0)
         load_E = np.append(demand.load, 0.0) * len(ranks)
         self.load_E = load_E / np.maximum(self.copies_E, 1)
-        self.link_E = (self.copies_E > 1) * 2 * self.load_E / np.maximum(self.copies_E, 1)
+        self.linking = np.flatnonzero(self.copies_E > 1)
         self.energy = float(self._energies(self.held_RE[None])[0])
 
     def swap(self, first: int, second: int) -> bool:
@@ -109,10 +109,11 @@ class _Network:
 
     def _energies(self, held_BRE: FloatArray) -> FloatArray:
         """Each expert links all its ranks with each other: the sum of complete graphs."""
-        linked_BRE = held_BRE * self.link_E
-        laplacian_BRR = -linked_BRE @ held_BRE.transpose(0, 2, 1)
+        shared_BRA, copies_A = held_BRE[:, :, self.linking], self.copies_E[self.linking]
+        conduct_BRA = shared_BRA * (2 * self.load_E[self.linking] / copies_A)
+        laplacian_BRR = -conduct_BRA @ shared_BRA.transpose(0, 2, 1)
         ranks = np.arange(held_BRE.shape[1])
-        laplacian_BRR[:, ranks, ranks] += linked_BRE @ self.copies_E + _GROUND
+        laplacian_BRR[:, ranks, ranks] += conduct_BRA @ copies_A + _GROUND
         inverse_BRR = np.linalg.inv(laplacian_BRR)
         off_BR = held_BRE @ self.load_E
         off_BR -= off_BR.mean(axis=1, keepdims=True)
