@@ -31,8 +31,8 @@ def plan_layer(
 
     mean_E: tokens of each expert, in any unit. rows_MK: sampled tokens' experts, -1 = none.
     weight: of node visits against even nodes; 1 counts what an uneven node costs in visits.
-    Deterministic; about half a second for 64 experts on 4 nodes. Raises ValueError for sizes that
-    do not fit, or without tokens.
+    Deterministic. On one core about half a second for 64 experts on 4 nodes x 4 ranks, five for 256
+    on 8 x 8. Raises ValueError for sizes that do not fit, or without tokens.
     """
     slots, chosen_EM = num_nodes * ranks_per_node * slots_per_rank, _chosen(rows_MK, len(mean_E))
     if num_nodes < 2 or len(mean_E) > slots:
