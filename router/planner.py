@@ -171,7 +171,9 @@ class _Layer:
         self.score_E = self.mean_E.copy()
         if load.sigma_LE is not None:
             self.score_E += options.z * load.sigma_LE[layer]
-        self.rows_MK = None if load.rows_LMK is None else load.rows_LMK[layer]
+        self.rows_MK = None
+        if load.rows_LMK is not None and options.node_traffic > 0 and ranks.num_nodes > 1:
+            self.rows_MK = load.rows_LMK[layer]
 
     def plan(self, present_S: IntArray | None, may_change: bool) -> tuple[IntArray, LayerPlan]:
         if present_S is None:
@@ -213,7 +215,7 @@ class _Layer:
         return settle(present_S, np.array(slots).ravel(), ranks.slots_per_rank), reached
 
     def _anew(self, present_S: IntArray | None) -> FullPlan:
-        if self.options.node_traffic == 0 or self.rows_MK is None or self.ranks.num_nodes == 1:
+        if self.rows_MK is None or not (self.rows_MK >= 0).any():
             return full_plan(self.mean_E, self.score_E, self.ranks, present_S)
         row_S = plan_layer(
             self.mean_E,
