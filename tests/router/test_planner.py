@@ -160,17 +160,18 @@ def test_active_experts_are_planned_as_probabilities():
 
 
 def test_experts_chosen_together_share_a_node_if_traffic_counts():
-    """Four kinds of tokens, each with four experts of its own, on two nodes."""
-    kind_M = np.arange(400) % 4
-    rows_MK = kind_M[:, None] + 4 * np.arange(4)
-    load = ExpertLoad(mean_LE=np.ones((1, 16)), rows_LMK=rows_MK[None].astype(np.int16))
-    sizes = {"num_ranks": 4, "slots_per_rank": 5, "ranks_per_node": 2}
+    """Eight kinds of tokens, each with four experts of its own, on two nodes."""
+    kinds = np.random.default_rng(9).permutation(32).reshape(8, 4)
+    rows_MK = kinds[np.arange(800) % 8]
+    load = ExpertLoad(mean_LE=np.ones((1, 32)), rows_LMK=rows_MK[None].astype(np.int16))
+    sizes = {"num_ranks": 8, "slots_per_rank": 5, "ranks_per_node": 4}
 
     def nodes_per_token(traffic):
-        row_S = plan(
-            load, **sizes, options=PlanOptions(node_traffic=traffic)
-        ).placement.physical_to_logical[0]
-        on_node = [np.isin(rows_MK, node).all(axis=1) for node in row_S.reshape(2, -1)]
+        planned = plan(load, **sizes, options=PlanOptions(node_traffic=traffic)).placement
+        on_node = [
+            np.isin(rows_MK, node).all(axis=1)
+            for node in planned.physical_to_logical[0].reshape(2, -1)
+        ]
         return 2 - np.any(on_node, axis=0).mean()
 
     assert nodes_per_token(1.0) <= 1.25 < nodes_per_token(0.0)
