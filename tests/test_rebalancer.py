@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -89,6 +90,48 @@ def test_a_skewed_load_is_put_right_layer_by_layer():
     planned = asyncio.run(case.rebalancer.planned_balancedness())
     assert min(planned) >= 1 / 1.02
     assert 0 < case.counters.seconds < 5
+
+
+def test_only_layers_that_the_policy_names_are_touched(monkeypatch):
+    case = Cluster()
+    decide = case.rebalancer._policy.decide
+
+    def only_second(window, at):
+        decision = decide(window, at)
+        return replace(
+            decision, layers=(1,) if 1 in decision.layers else (), rebalance=at.epoch < 1
+        )
+
+    async def scenario():
+        monkeypatch.setattr(case.rebalancer._policy, "decide", only_second)
+        await case.until(lambda: case.counters.finished)
+        await asyncio.sleep(5 * INTERVAL_S)
+
+    before = case.at
+    case.run(scenario)
+    changed = (case.at.physical_to_logical != before.physical_to_logical).any(axis=1)
+    assert changed.tolist() == [False, True]
+
+
+def test_moves_that_do_not_pay_are_not_made(monkeypatch):
+    case = Cluster()
+    asked = []
+
+    def pays(before, after, moves, num_layers, num_ranks):
+        asked.append((before, after, moves, num_layers, num_ranks))
+        return False
+
+    async def scenario():
+        monkeypatch.setattr(case.rebalancer._policy, "pays", pays)
+        decide = type(case.rebalancer._policy)(case.rebalancer._policy.options).decide
+        monkeypatch.setattr(case.rebalancer._policy, "decide", decide)
+        await case.until(lambda: "no plan pays for its moves" in case.rebalancer.state)
+
+    case.run(scenario)
+    assert case.counters.started == 0
+    before, after, moves, num_layers, num_ranks = asked[0]
+    assert before == pytest.approx(2.0)
+    assert (after <= 1.02, moves > 0, num_layers, num_ranks) == (True, True, 2, 4)
 
 
 def test_an_even_load_moves_nothing():
@@ -379,6 +422,7 @@ def test_a_watch_that_ended_says_so():
     async def scenario():
         case.rebalancer._watching.cancel()
         await case.until(lambda: "the watch ended unasked" in case.rebalancer.state)
+        assert case.counters.last_error == "the watch ended: cancelled"
 
     case.run(scenario)
 
@@ -391,10 +435,11 @@ def test_stopping_does_not_wait_for_a_rank_that_hangs():
     async def scenario():
         await case.until(lambda: case.counters.started)
         started.append(time.monotonic())
+        await case.rebalancer.stop()
+        assert not case.rebalancer.running
 
     case.run(scenario)
     assert time.monotonic() - started[0] < 5
-    assert not case.rebalancer.running
 
 
 def test_refusals_say_what_is_missing():
