@@ -30,8 +30,8 @@ FloatArray = NDArray[np.float64]
 
 
 class RingPlan(NamedTuple):
-    """experts_of_rank: hubs and singles of each rank. margin: the least piece, relative to a rank's
-    capacity, of hubs at the ranks that they share; at most 0 if the loads cannot be cut this way."""
+    """experts_of_rank: hubs and singles of each rank. margin: the least piece, or all pieces of a
+    rank, relative to the ranks' capacity; at most 0 if the loads cannot be cut this way."""
 
     experts_of_rank: list[list[int]]
     margin: float
