@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from router import node_sets
+from router import node_packing, node_sets
 from router.affinity import plan_layer
 from router.node_packing import pack
 from router.node_sets import Demand, find_node_sets
@@ -182,20 +182,38 @@ def test_an_expert_too_large_for_a_rank_gets_several_of_its_node():
     assert LayerSplit(layer_of(row_S, 8, 2, 4)).imbalance(10 * np.array([70, *[10] * 7])) < 1.01
 
 
+def test_what_only_one_node_can_take_stays_below_its_share():
+    """Three quarters of tokens choose within a topic that one node could hold: it must not."""
+    rng = np.random.default_rng(6)
+    rows_MK = np.array([rng.choice(6, 2, replace=False) + 6 * (m % 4 == 0) for m in range(200)])
+    demand = replace(demand_of(rows_MK, 12, 2, 2, 4), weight=20.0)
+    sets = find_node_sets(demand)
+    for node in range(2):
+        alone = sum(load for load, nodes in zip(demand.load, sets, strict=True) if nodes == (node,))
+        assert alone <= 0.85 / 2 + 1e-9
+
+
 def test_packing_links_all_ranks():
-    """Eight experts that two nodes hold each: enough to join 8 ranks, if none is wasted."""
-    rng = np.random.default_rng(2)
-    rows_MK = np.array([rng.choice(32, 4, replace=False) for _ in range(400)])
-    demand = demand_of(rows_MK, 32, 4, 2, 5)
-    sets = [(e % 4, (e + 1 + e // 4) % 4) for e in range(8)]
-    sets = [tuple(sorted(s)) for s in sets] + [(e % 4,) for e in range(24)]
-    ranks = np.array(pack(sets, demand)).reshape(8, 5)
-    group = {0}
-    while len(grown := {r for r in range(8) if set(ranks[r]) & set(ranks[list(group)].flat)}) > len(
-        group
-    ):
-        group = grown
-    assert len(group) == 8
+    """Twelve experts that two nodes hold each: enough to join 8 ranks, if none is wasted."""
+    demand = Demand(
+        load=[1 / 28] * 28, chosen=[0] * 28, num_tokens=1, pairs_per_token=4, num_nodes=4,
+        ranks_per_node=2, slots_per_rank=5,
+    )  # fmt: skip
+    pairs = [(0, 1), (0, 1), (2, 3), (2, 3), (0, 2), (1, 3)]
+    sets = [pair for pair in pairs for _ in range(2)] + [(e % 4,) for e in range(16)]
+    as_filled = [rank for node in range(4) for rank in node_packing._fill_node(node, sets, demand)]
+    assert len(linked(as_filled)) < 8
+    assert len(linked(np.array(pack(sets, demand)).reshape(8, 5).tolist())) == 8
+
+
+def linked(ranks):
+    """The ranks that are joined to the first, over any number of shared experts."""
+    group, size = {0}, 0
+    while len(group) > size:
+        size = len(group)
+        held = {e for r in group for e in ranks[r] if e >= 0}
+        group = {r for r, experts in enumerate(ranks) if held & set(experts)}
+    return group
 
 
 def test_the_same_in_every_process():
@@ -221,9 +239,12 @@ row = plan_layer(mean, rows, num_nodes=3, ranks_per_node=2, slots_per_rank=5).to
 
 def test_the_search_ends(monkeypatch):
     monkeypatch.setattr(node_sets, "_TRIALS", 5)
+    calls = []
+    cost = node_sets._Search.cost
+    monkeypatch.setattr(node_sets._Search, "cost", lambda self: calls.append(0) or cost(self))
     rows_MK = topics(np.random.default_rng(0), 4, 6, 50, 3)
-    sets = find_node_sets(demand_of(rows_MK, 24, 4, 2, 4))
-    assert all(sets)
+    assert all(find_node_sets(demand_of(rows_MK, 24, 4, 2, 4)))
+    assert len(calls) == 1 + 5
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,12 @@ def test_those_change_that_lose_least():
     changed_TK = choice.change(ids_TK, preferred_TK, np.array([2, 1, 1, 1]), node=0)
     assert changed_TK.tolist() == [[0, 1], [2, 3], [0, -1]]  # it visits node 1 anyway
 
+    # Leaving the own node saves nothing: the first token would have to visit another one.
+    ids_TK = np.array([[0, -1, -1], [0, 1, 2]])
+    preferred_TK = choice.prefer(ids_TK, node=0)
+    changed_TK = choice.change(ids_TK, preferred_TK, np.array([1, 1, 1, 1]), node=0)
+    assert changed_TK.tolist() == [[0, -1, -1], [2, 1, 3]]
+
 
 def test_everything_everywhere_needs_no_visit():
     placement = Placement(
