@@ -185,8 +185,8 @@ def test_an_expert_too_large_for_a_rank_gets_several_of_its_node():
 def test_what_only_one_node_can_take_stays_below_its_share():
     """Three quarters of tokens choose within a topic that one node could hold: it must not."""
     rng = np.random.default_rng(6)
-    rows_MK = np.array([rng.choice(6, 2, replace=False) + 6 * (m % 4 == 0) for m in range(200)])
-    demand = replace(demand_of(rows_MK, 12, 2, 2, 4), weight=20.0)
+    rows_MK = np.array([rng.choice(7, 2, replace=False) + 7 * (m % 4 == 0) for m in range(200)])
+    demand = replace(demand_of(rows_MK, 14, 2, 2, 4), weight=20.0)
     sets = find_node_sets(demand)
     for node in range(2):
         alone = sum(load for load, nodes in zip(demand.load, sets, strict=True) if nodes == (node,))

@@ -36,6 +36,13 @@ def test_topics_cost_less_than_a_node_each_and_ranks_stay_even(tmp_path):
         assert report[key] == pytest.approx(sum(tasks) / 2)
 
 
+def test_what_is_served_is_not_what_was_planned_for(tmp_path):
+    """Other topics in the second half: placed together is then no better than by chance."""
+    changed = np.concatenate([topical(1, 2048), topical(2, 2048)])
+    report = sends(trace(tmp_path / "t.npz", x=changed), lambda text: None)
+    assert report["per_token"] > 1.3
+
+
 def test_served_counts_nodes_once_and_pairs_all():
     """Two nodes of one rank, expert 0 here and 1 there: by hand."""
     layer = Placement(
