@@ -14,20 +14,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.balance_record import BalanceRecord, Look, sampled_rows
 from cluster.config import EplbConfig
 from cluster.draft_aside import Drafting, draft_aside
+from cluster.load_watch import LoadWatch
 from cluster.mover import Counters, Mover
-from cluster.ranks import Rank, RanksError, ask_all
+from cluster.ranks import Rank, RanksError
 from cluster.rebalance_draft import Draft, imbalances
 from cluster.rollout import Leaders, Rollout
 from cluster.server.errors import Code, RequestError
 from router.load import ExpertLoad, LoadWindow
-from router.load_files import dump_window
 from router.placement import Placement
 from router.policy import Decision, Policy, PolicyOptions
 
-LOOK_TIMEOUT_S = 10.0
 PLAN_TIMEOUT_S = 300.0
 MAX_PAUSE_S = 300.0
 
@@ -65,12 +63,12 @@ class Rebalancer:
         make_draft: Drafting = draft_aside,
     ) -> None:
         self.facts = facts
-        self.record = BalanceRecord()
-        self._config = config
-        self._ranks = ranks
-        self._window = LoadWindow(
-            placement.num_layers, placement.num_experts, horizon=config.window_size
+        self.loads = LoadWatch(
+            ranks,
+            LoadWindow(placement.num_layers, placement.num_experts, horizon=config.window_size),
+            experts_per_token=facts.experts_per_token,
         )
+        self._config = config
         self._policy = Policy(
             PolicyOptions(
                 threshold=config.threshold,
@@ -132,10 +130,6 @@ class Rebalancer:
         """Whether experts are moving."""
         return self._mover.running
 
-    @property
-    def tokens_recorded(self) -> int:
-        return round(self._window.num_tokens / self.facts.experts_per_token)
-
     # For operators ------------------------------------------------------------------------------
 
     async def rebalance(
@@ -161,27 +155,19 @@ class Rebalancer:
 
     async def planned_balancedness(self) -> list[float]:
         """[L]: mean / max over ranks of the recorded load under the placement in force; 0: none yet."""
-        load = self.load()
+        load = self.loads.load()
         if load is None:
             return [0.0] * self.placement.num_layers
         found = await asyncio.to_thread(imbalances, load, self.placement)
         return [1 / imbalance for imbalance in found]
 
-    def load(self) -> ExpertLoad | None:
-        """What plans would be made for; None before the first tokens."""
-        return self._window.estimate() if self._window.num_tokens else None
-
-    def recorded(self) -> bytes:
-        """The load window as a file, for `router.load_files.read_window`."""
-        return dump_window(self._window)
-
     async def _draft(self, target: float, from_scratch: bool) -> Draft:
         if self.placement.num_ranks == 1:
             raise _precondition("there is one rank only: no other could hold its experts")
-        load = self.load()
-        if load is None or self.tokens_recorded < self._config.min_tokens:
+        load = self.loads.load()
+        if load is None or self.loads.num_tokens < self._config.min_tokens:
             raise _precondition(
-                f"not enough load recorded yet: {self.tokens_recorded} tokens of "
+                f"not enough load recorded yet: {self.loads.num_tokens} tokens of "
                 f"eplb_config.min_tokens = {self._config.min_tokens}"
             )
         return await self._plan(load, target=target, from_scratch=from_scratch)
@@ -201,7 +187,8 @@ class Rebalancer:
         while True:
             await asyncio.sleep(self._config.interval_s)
             try:
-                await self._look()
+                await self.loads.look()
+                self._mover.adopt()
                 if self._config.enabled:
                     await self._consider()
             except RanksError as error:
@@ -213,22 +200,14 @@ class Rebalancer:
                 self.counters.fail(f"{type(error).__name__}: {error}")
                 logger.exception("rebalancer: unexpected")
 
-    async def _look(self) -> None:
-        reports = await ask_all(
-            self._ranks, lambda rank: rank.expert_stats(), "reported its experts", LOOK_TIMEOUT_S
-        )
-        counts_LE = self.record.add(Look.of(reports, time.monotonic()))
-        self._window.add(counts_LE, sampled_rows(reports))
-        self._mover.adopt()
-
     async def _consider(self) -> None:
         """Ask the policy, and begin what it wants."""
-        load = self.load()
-        if load is None or self.tokens_recorded < self._config.min_tokens or self._pause_s():
+        load = self.loads.load()
+        if load is None or self.loads.num_tokens < self._config.min_tokens or self._pause_s():
             return
         if self.running or self._planning.locked():
             return
-        decision = await asyncio.to_thread(self._policy.decide, self._window, self.placement)
+        decision = await asyncio.to_thread(self._policy.decide, self.loads.window, self.placement)
         self._verdict = decision.reason
         if decision.rebalance:
             # Beside the watch, which goes on while a plan is made.

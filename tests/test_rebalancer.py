@@ -58,7 +58,7 @@ class Cluster:
             await asyncio.sleep(0.002)
 
     async def recorded(self, tokens=2000):
-        await self.until(lambda: self.rebalancer.tokens_recorded > tokens)
+        await self.until(lambda: self.rebalancer.loads.num_tokens > tokens)
 
     def run(self, scenario):
         async def whole():
@@ -321,9 +321,9 @@ def test_a_rank_that_does_not_report_is_named_and_does_not_end_the_watch():
         await case.recorded()
         case.ranks[3].stats_error = ConnectionError("gone")
         await case.until(lambda: "rank 3 has not reported" in case.counters.last_error)
-        looked = case.rebalancer.record.last
+        looked = case.rebalancer.loads.record.last
         case.ranks[3].stats_error = None
-        await case.until(lambda: case.rebalancer.record.last is not looked)
+        await case.until(lambda: case.rebalancer.loads.record.last is not looked)
 
     case.run(scenario)
 
@@ -334,8 +334,8 @@ def test_an_error_of_our_own_is_shown_and_does_not_end_the_watch(monkeypatch):
     async def scenario():
         monkeypatch.setattr(case.rebalancer._policy, "decide", lambda *_: 1 / 0)
         await case.until(lambda: "ZeroDivisionError" in case.counters.last_error)
-        looked = case.rebalancer.record.last
-        await case.until(lambda: case.rebalancer.record.last is not looked)
+        looked = case.rebalancer.loads.record.last
+        await case.until(lambda: case.rebalancer.loads.record.last is not looked)
         monkeypatch.undo()
         await case.until(lambda: case.counters.finished)
 
@@ -379,10 +379,10 @@ def test_the_watch_goes_on_while_a_plan_is_made():
     async def scenario():
         case.rebalancer._make_draft = slow_draft
         await case.until(lambda: asked)
-        looks = {id(case.rebalancer.record.last): case.rebalancer.record.last}
+        looks = {id(case.rebalancer.loads.record.last): case.rebalancer.loads.record.last}
         while len(looks) < 4:
             await asyncio.sleep(0.005)
-            looks[id(case.rebalancer.record.last)] = case.rebalancer.record.last
+            looks[id(case.rebalancer.loads.record.last)] = case.rebalancer.loads.record.last
         assert len(asked) == 1, "one plan at a time"
 
     case.run(scenario)
@@ -468,7 +468,7 @@ def test_the_record_can_be_taken_out_and_read_again(tmp_path):
 
     case.run(scenario)
     file = tmp_path / "load.npz"
-    file.write_bytes(case.rebalancer.recorded())
+    file.write_bytes(case.rebalancer.loads.dump())
     load = read_window(file).estimate()
     share_E = SKEWED / SKEWED.sum()
     assert np.allclose(load.mean_LE / load.mean_LE.sum(axis=1, keepdims=True), share_E)

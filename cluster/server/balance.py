@@ -26,7 +26,7 @@ def placement_message(rebalancer: Rebalancer) -> pb.GetExpertPlacementResponse:
 
 async def balance_message(rebalancer: Rebalancer) -> pb.GetBalanceResponse:
     """Without ranks and layers as long as no rank has been heard."""
-    record, placement = rebalancer.record, rebalancer.placement
+    record, placement = rebalancer.loads.record, rebalancer.placement
     message = pb.GetBalanceResponse(
         epoch=placement.epoch,
         rebalances=_rebalances(rebalancer),
@@ -110,7 +110,7 @@ def _ranks(record: BalanceRecord, ranks_per_node: int) -> list[pb.RankBalance]:
 
 
 def _rebalances(rebalancer: Rebalancer) -> pb.RebalanceStats:
-    counters, last = rebalancer.counters, rebalancer.record.last
+    counters, last = rebalancer.counters, rebalancer.loads.record.last
     return pb.RebalanceStats(
         started=counters.started,
         finished=counters.finished,

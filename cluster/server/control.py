@@ -128,7 +128,7 @@ class ControlServicer(pb_grpc.ControlServicer):
         self, request: pb.DumpExpertStatsRequest, context: _Context
     ) -> AsyncIterator[pb.DumpExpertStatsChunk]:
         async with self._admin(context):
-            data = self._rebalancer.recorded()
+            data = self._rebalancer.loads.dump()
             for start in range(0, len(data), _CHUNK_BYTES):
                 yield pb.DumpExpertStatsChunk(data=data[start : start + _CHUNK_BYTES])
 
