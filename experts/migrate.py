@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 
+from experts.slot_choice import SlotChoice
 from experts.supply import ExpertSupply, SupplyError
 from experts.weights import ExpertSlots, ExpertWeights
 from router.placement import LayerPlacement, Placement
@@ -39,7 +39,7 @@ class HostsExperts(Protocol):
 
     slots: ExpertSlots
     layer_placement: LayerPlacement
-    rank: int
+    choice: SlotChoice
 
 
 @dataclass(kw_only=True)
@@ -119,6 +119,7 @@ class Migrator:
             self._out_of_force.clear()  # here and not in `flip`: freeing much memory takes time
             for slot, expert in self._changes(staged):
                 staged.weights[slot] = self._weights(staged, expert)
+            self._layers[layer].choice.prepare(staged.layer_placement)  # not in the next step
             with self._lock:
                 if self._staged is not staged:
                     raise MigrationError(f"rank {self._rank}: epoch {epoch} was abandoned")
@@ -195,8 +196,6 @@ class Migrator:
         current = self.placement
         placement = current.with_layers({layer: np.asarray(row, np.int64)}, epoch)
         layer_placement = placement.layer(layer)
-        # Tables are made on first use: here, and not in the first step after the flip.
-        layer_placement.choose_slots(torch.empty(0, 1, dtype=torch.int64), self._layers[layer].rank)
         staged = _Staged(
             placement=placement, layer=layer, layer_placement=layer_placement, deadline=deadline
         )

@@ -16,6 +16,7 @@ from comms.topology import Topology
 from comms.transfer import connect_transfers
 from comms.transfer_server import TransferServer
 from experts.migrate import Migrator
+from experts.slot_choice import StaticChoice
 from experts.supply import ExpertSupply
 from experts.weights import ExpertSlots
 from tests.experts.migrating import (
@@ -55,7 +56,7 @@ def build_runner(
         slots = ExpertSlots(placement.slots_per_rank, HIDDEN, INTERMEDIATE, torch.float32)
         for slot, number in placement.experts_of_rank(layer, groups.rank).items():
             slots[slot] = expert(layer, number)
-        layers.append(Layer(slots, placement.layer(layer), groups.rank))
+        layers.append(Layer(slots, placement.layer(layer), StaticChoice(groups.rank)))
 
     def read(layer: int, slot: int) -> memoryview:
         on_read()

@@ -16,6 +16,7 @@ import torch
 from comms.transfer import Source, TransferClient
 from comms.transfer_server import TransferServer
 from experts.migrate import Migrator
+from experts.slot_choice import SlotChoice, StaticChoice
 from experts.supply import ExpertSupply
 from experts.weights import ExpertSlots, ExpertWeights
 from router.placement import LayerPlacement, Placement, settle
@@ -66,7 +67,7 @@ class Layer:
 
     slots: ExpertSlots
     layer_placement: LayerPlacement
-    rank: int
+    choice: SlotChoice
 
 
 class Rank:
@@ -80,7 +81,7 @@ class Rank:
             slots = ExpertSlots(placement.slots_per_rank, HIDDEN, INTERMEDIATE, torch.float32)
             for slot, number in placement.experts_of_rank(layer, rank).items():
                 slots[slot] = expert(layer, number)
-            self.layers.append(Layer(slots, placement.layer(layer), rank))
+            self.layers.append(Layer(slots, placement.layer(layer), StaticChoice(rank)))
         self.disk_fails = False
         self.disk_holds: int | None = None  # this expert instead of any other
         self.server = TransferServer(

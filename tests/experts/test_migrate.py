@@ -94,6 +94,14 @@ def test_what_is_in_force_is_not_touched_until_the_flip_and_then_changes_by_refe
     assert [bytes(weights.data) for weights in before] == contents
 
 
+def test_choices_are_prepared_for_the_map_that_comes_in_force(world):
+    rank = world.ranks[0]
+    rank.layers[0].choice = mock.Mock()
+    rank.migrator.prepare(1, 0, swapped(world.placement, 0, 0, 7), WAIT_S)
+    rank.migrator.flip(1)
+    rank.layers[0].choice.prepare.assert_called_once_with(rank.layers[0].layer_placement)
+
+
 def test_moves_within_a_rank_fetch_nothing(world):
     change(world, 1, swapped(world.placement, 1, 0, 1))
     world.check()
