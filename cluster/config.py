@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from comms.dispatcher import CombineMode, WireDtype
 from comms.topology import Topology
-from experts.slot_choice import SplitMode
+from experts.balance import SplitMode
 
 Count = Annotated[int, Field(ge=1, le=1 << 20)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -102,8 +102,9 @@ class ExpertsConfig(Section):
     split: SplitMode = "auto"
     """How tokens divide over an expert's copies. static: by the rank they come from. balanced: so
     that ranks end up as even as each batch allows. activated: so that they end up with alike many
-    experts to read, for decoding bound by memory. auto: balanced in steps large enough to gain by
-    it, and static with comms.combine node."""
+    experts to read, for decoding bound by memory. nodes: so that each token visits few nodes, and
+    ranks are even. auto: balanced by the step's own counts where it is large enough to gain by it and
+    by recent ones elsewhere, and static with comms.combine node."""
 
 
 class EplbConfig(Section):
@@ -121,6 +122,9 @@ class EplbConfig(Section):
     """Imbalance of a layer, after the best division of its tokens over copies, that is put right."""
     target: Imbalance = 1.02
     """Imbalance that a plan is to reach."""
+    node_traffic: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """What a token's visit to another node weighs in plans from scratch, against even ranks; 0:
+    nothing. To go with experts.split nodes. Such plans take about a second per layer."""
     horizon_s: Seconds = 60.0
     """How long the present load is expected to last: within it moving experts must pay."""
     bandwidth_mib_s: Annotated[float, Field(gt=0, le=1 << 20)] = 64.0
@@ -223,7 +227,7 @@ class ServeConfig(Section):
     @model_validator(mode="after")
     def _sums_do_not_depend_on_copies_that_the_batch_chooses(self) -> Self:
         split = self.experts.split
-        if split in ("balanced", "activated") and self.comms.combine == "node":
+        if split not in ("auto", "static") and self.comms.combine == "node":
             raise ValueError(
                 f"experts.split = {split!r} with comms.combine = 'node': the batch would decide "
                 "where sums are rounded, so a request's tokens would depend on its company; set "

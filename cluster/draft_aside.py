@@ -29,6 +29,7 @@ class Drafting(Protocol):
         current: Placement,
         *,
         target: float,
+        node_traffic: float = 0.0,
         from_scratch: bool = False,
         only: Collection[int] | None = None,
     ) -> Draft: ...

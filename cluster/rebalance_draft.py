@@ -48,12 +48,13 @@ def draft(
     current: Placement,
     *,
     target: float,
+    node_traffic: float = 0.0,
     from_scratch: bool = False,
     only: Collection[int] | None = None,
 ) -> Draft:
     """Plan from `current`, or, `from_scratch`, without regard to what is where.
 
-    `target`: max / mean over ranks to reach. `only`: the layers that may change; None: all.
+    `target`: max / mean over ranks to reach. `node_traffic`: see `PlanOptions`. `only`: the layers that may change; None: all.
     """
     planned = plan(
         load,
@@ -62,7 +63,7 @@ def draft(
         ranks_per_node=current.ranks_per_node,
         current=None if from_scratch else current,
         layers=None if from_scratch else only,
-        options=PlanOptions(target=target),
+        options=PlanOptions(target=target, node_traffic=node_traffic),
     )
     layers = range(current.num_layers) if only is None else sorted(only)
     drafted = current.with_layers({i: _row(planned.placement, current, i) for i in layers})

@@ -175,7 +175,9 @@ class Rebalancer:
     async def _plan(self, load: ExpertLoad, **options: Any) -> Draft:
         try:
             async with asyncio.timeout(PLAN_TIMEOUT_S):
-                return await self._make_draft(load, self.placement, **options)
+                return await self._make_draft(
+                    load, self.placement, node_traffic=self._config.node_traffic, **options
+                )
         except TimeoutError:
             raise RequestError(
                 Code.DEADLINE_EXCEEDED, f"no plan was made within {PLAN_TIMEOUT_S:g} s"

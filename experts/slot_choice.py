@@ -6,70 +6,17 @@ it brings: ranks count on, exchange now and then, and deal tokens out as these r
 T my tokens, K experts per token, N nodes, E logical experts, C copies.
 """
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from comms.base import BaseDispatcher
-from comms.counts import CountExchange
+from experts.balance import Balance
+from experts.few_nodes import FewNodesChoice
 from experts.recent_choice import RecentChoice
 from router.placement import LayerPlacement
 from router.slots import choose_by_share, share_of_rank
 from router.split import LayerSplit
-
-SplitMode = Literal["auto", "static", "balanced", "activated"]
-
-# Of a CPU: two small exchanges and the division; what a rank computes; and the part of that for which
-# ranks otherwise wait for the one with the most.
-_EXCHANGE_S = 0.7e-3
-_FLOP_PER_S = 50e9
-_SAVED = 0.2
-_TOKENS_BETWEEN = 64  # of the rank with most, between two exchanges in small steps
-
-
-class Balance:
-    """What the balanced choices of all layers share: the exchange of counts, and when to use it.
-
-    auto: in steps in which it takes less time than it saves, by the floating-point operations of a
-    token's experts; balanced and activated: in all.
-    """
-
-    def __init__(self, exchange: CountExchange, mode: SplitMode, token_flop: float) -> None:
-        self.exchange, self.mode = exchange, mode
-        links = exchange.groups.links
-        cost_s = _EXCHANGE_S + (links.latency_s if links else 0.0)
-        self._least_tokens = cost_s / _SAVED * _FLOP_PER_S / max(1.0, token_flop)
-        self._tokens_since = 0
-        self.expect(None)
-
-    def expect(self, max_tokens: int | None) -> None:
-        """No rank has more tokens in the coming step (None: unknown), the same on every rank.
-
-        `applies`: the step's own counts decide. `due`: not they, but it is time to exchange those of
-        the steps since the last exchange.
-        """
-        is_large = max_tokens is not None and max_tokens >= self._least_tokens
-        self.applies = is_large or self.mode != "auto"
-        self._tokens_since += max_tokens or 0
-        self.due = not self.applies and self._tokens_since >= _TOKENS_BETWEEN
-        if self.applies or self.due:
-            self._tokens_since = 0
-
-
-def make_balance(mode: SplitMode, dispatcher: BaseDispatcher, token_flop: float) -> Balance | None:
-    """None where all layers choose statically: in mode static, and in auto with combine "node".
-
-    Raises ValueError for the other modes with "node", whose sums depend on the choice.
-    """
-    if mode == "static" or (mode == "auto" and dispatcher.combine_mode == "node"):
-        return None
-    if dispatcher.combine_mode == "node":
-        raise ValueError(
-            f'split "{mode}" needs combine "fixed" or "exact": with "node" the batch would decide '
-            "where sums are rounded"
-        )
-    return Balance(CountExchange(dispatcher), mode, token_flop)
 
 
 class SlotChoice(Protocol):
@@ -139,3 +86,13 @@ class BalancedChoice:
                 return split
         self._split = LayerSplit(layer)
         return self._split
+
+
+def make_choice(balance: Balance | None, source_rank: int) -> SlotChoice:
+    """One layer's choice. `source_rank` stands for all ranks of a replica: a static choice must not
+    depend on which of them happens to own a token in this batch."""
+    if balance is None:
+        return StaticChoice(source_rank)
+    if balance.mode == "nodes":
+        return FewNodesChoice(balance.exchange)
+    return BalancedChoice(balance, source_rank)

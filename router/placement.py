@@ -246,6 +246,11 @@ class LayerPlacement:
         return len(self.logical_to_physical)
 
     @property
+    def num_slots(self) -> int:
+        """Of all ranks."""
+        return self.num_ranks * self.slots_per_rank
+
+    @property
     def num_nodes(self) -> int:
         return self.num_ranks * self.slots_per_rank // self.slots_per_node
 

@@ -43,7 +43,7 @@ class NodeChoice:
         self._alone_E = np.where(alone_E, self._nodes_E, 0)
         self._first_E = np.append(slots_EC[:, 0], -1)
         self._several_E = np.append((slots_EC >= 0).sum(axis=1) > 1, False)
-        self._expert_S = np.full(layer.num_ranks * layer.slots_per_rank, -1, dtype=np.int64)
+        self._expert_S = np.full(layer.num_slots, -1, dtype=np.int64)
         experts, copies = np.nonzero(slots_EC >= 0)
         self._expert_S[slots_EC[experts, copies]] = experts
         self._others: dict[int, list[int]] = {
@@ -51,6 +51,11 @@ class NodeChoice:
             for e in np.flatnonzero(self._several_E)
             for slot in slots_EC[e][slots_EC[e] >= 0]
         }
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether any expert has several copies."""
+        return bool(self._several_E.any())
 
     def prefer(self, ids_TK: IntArray, node: int) -> IntArray:
         """slots_TK of tokens that start on `node`, -1 for id -1.

@@ -34,9 +34,10 @@ from comms.group import Group
 from comms.groups import ParallelGroups
 from comms.make import make_dispatcher
 from comms.where import Where
+from experts.balance import Balance, SplitMode, make_balance
 from experts.linear import stable_linear
 from experts.moe import MoELayer, Phase, untimed
-from experts.slot_choice import Balance, BalancedChoice, SplitMode, make_balance
+from experts.slot_choice import make_choice
 from router.placement import Placement
 
 
@@ -239,8 +240,6 @@ def _layer(
     mlp: MoELayer | DenseLayer
     if idx in loader.config.moe_layers:
         moe_idx = loader.config.moe_layers.index(idx)
-        # A static choice must not depend on which of the replica's ranks happens to own a token in
-        # this batch, so all of them choose as their leader does.
         leader = groups.tp.ranks[0]
         mlp = MoELayer(
             gate=loader.gate(idx),
@@ -248,7 +247,7 @@ def _layer(
             dispatcher=dispatcher,
             layer_placement=placement.layer(moe_idx),
             rank=leader,
-            choice=BalancedChoice(balance, leader) if balance else None,
+            choice=make_choice(balance, leader),
             shared_expert=loader.shared_expert(idx),
             phase=phase,
         )

@@ -6,9 +6,10 @@ import torch
 
 from comms.make import make_dispatcher
 from comms.topology import Topology
+from experts.balance import make_balance
 from experts.gains import expert_gains
 from experts.moe import MoELayer
-from experts.slot_choice import BalancedChoice, StaticChoice, make_balance
+from experts.slot_choice import make_choice
 from experts.weights import ExpertSlots
 from router.gate import Gate, GateConfig
 from router.placement import Placement
@@ -61,7 +62,7 @@ def forward_share(groups, placements, rows, combine, mode):
         dispatcher=dispatcher,
         layer_placement=placements[0].layer(0),
         rank=groups.rank,
-        choice=BalancedChoice(balance, groups.rank) if balance else StaticChoice(groups.rank),
+        choice=make_choice(balance, groups.rank),
     )
     layer.gains_E = all_gains(w13, w2) if combine == "fixed" else None
     mine_TH = x_TH[rows[groups.rank] : rows[groups.rank + 1]]
@@ -74,7 +75,8 @@ def forward_share(groups, placements, rows, combine, mode):
         layer.tokens_per_slot_S.zero_()
         outputs.append(layer.forward(mine_TH))
         loads.append(layer.tokens_per_slot_S.tolist())
-    return outputs, loads, layer.routed_E, layer.recent_TK
+    sent = dispatcher.ledger.inter_node_bytes("dispatch/exchange")
+    return outputs, loads, layer.routed_E, layer.recent_TK, sent
 
 
 def placements_of(topology):
@@ -94,7 +96,7 @@ def test_the_same_bits_and_loads_as_promised(rank_pool, combine, nodes, ranks, r
     topology = Topology(num_nodes=nodes, ranks_per_node=ranks)
     placements = placements_of(topology)
     alone = [Placement.contiguous(1, EXPERTS, 1)]
-    [expected_TH], _, counts_E, ids_TK = forward_share(
+    [expected_TH], _, counts_E, ids_TK, _ = forward_share(
         one_rank(), alone, [0, NUM_ROWS], combine, "static"
     )
     results = rank_pool.run(forward_share, topology, placements, rows, combine, "balanced")
@@ -106,9 +108,9 @@ def test_the_same_bits_and_loads_as_promised(rank_pool, combine, nodes, ranks, r
         assert computed_E.tolist() == counts_E.tolist()
         best = LayerSplit(placement.layer(0)).optimum(counts_E.numpy())
         assert loads_RS.sum(axis=1).max() <= best
-    routed_E = sum(routed_E for _, _, routed_E, _ in results)
+    routed_E = sum(routed_E for _, _, routed_E, *_ in results)
     assert routed_E.tolist() == (len(placements) * counts_E).tolist()
-    assert torch.equal(torch.cat([recent_TK for *_, recent_TK in results]), ids_TK)
+    assert torch.equal(torch.cat([recent_TK for *_, recent_TK, _ in results]), ids_TK)
 
 
 def test_the_static_choice_is_less_even_here(rank_pool):
@@ -140,7 +142,7 @@ def small_steps(groups, rows, mode):
         dispatcher=dispatcher,
         layer_placement=placement.layer(0),
         rank=groups.rank,
-        choice=BalancedChoice(balance, groups.rank) if balance else StaticChoice(groups.rank),
+        choice=make_choice(balance, groups.rank),
     )
     mine_TH = x_TH[rows[groups.rank] : rows[groups.rank + 1]].repeat(8, 1)
     outputs = []
@@ -185,6 +187,25 @@ def test_activated_experts_on_one_copy_each(rank_pool):
         assert most == LayerSplit(placement.layer(0)).optimum(active_E)
 
 
+def test_few_nodes_are_visited_and_ranks_are_even(rank_pool):
+    """The same bits as by the balanced choice, the least maximum of load, fewer rows on the rails."""
+    topology = Topology(num_nodes=2, ranks_per_node=2)
+    placements = placements_of(topology)
+    rows = [0, 40, 80, 120, 160]
+    balanced, nodes = (
+        rank_pool.run(forward_share, topology, placements, rows, "exact", mode)
+        for mode in ("balanced", "nodes")
+    )
+    for idx, placement in enumerate(placements):
+        pairs = zip(balanced, nodes, strict=True)
+        assert all(torch.equal(a[0][idx], b[0][idx]) for a, b in pairs)
+        loads_R = [sum(loads[idx]) for _, loads, *_ in nodes]
+        counts_E = sum(routed_E for _, _, routed_E, *_ in nodes) // len(placements)
+        best = LayerSplit(placement.layer(0)).optimum(counts_E.numpy())
+        assert max(loads_R) <= max(best, 1.02 * sum(loads_R) / 4)
+    assert sum(r[4] for r in nodes) < 0.98 * sum(r[4] for r in balanced)
+
+
 def test_auto_balances_large_steps_of_costly_experts():
     dispatcher = make_dispatcher(
         "flat", one_rank(), slots_per_rank=12, hidden=HIDDEN, combine="exact"
@@ -199,7 +220,7 @@ def test_auto_balances_large_steps_of_costly_experts():
     assert always.applies
 
 
-@pytest.mark.parametrize("mode", ["balanced", "activated"])
+@pytest.mark.parametrize("mode", ["balanced", "activated", "nodes"])
 def test_only_sums_that_do_not_depend_on_copies(mode):
     dispatcher = make_dispatcher("flat", one_rank(), slots_per_rank=12, hidden=HIDDEN)
     assert make_balance("auto", dispatcher, token_flop=1e9) is None
