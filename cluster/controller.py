@@ -109,16 +109,8 @@ class Controller:
 
     async def stats(self) -> list[dict[str, Any]]:
         """One map per rank: expert load, bytes sent, memory and step times (see `Worker.stats`)."""
-        return await self._ask("stats")
-
-    async def expert_stats(self) -> list[dict[str, Any]]:
-        """One map per rank: see `Worker.expert_stats`."""
-        return await self._ask("expert_stats")
-
-    async def _ask(self, method: str) -> list[dict[str, Any]]:
         calls = (
-            getattr(worker, method).options(concurrency_group="watch").remote()
-            for worker in self._workers
+            worker.stats.options(concurrency_group="watch").remote() for worker in self._workers
         )
         return list(await asyncio.gather(*calls))
 

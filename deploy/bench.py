@@ -11,7 +11,7 @@ from cluster.config import ConfigError
 from comms.trace_file import TraceError, check_path
 from deploy.json_file import write_json
 from deploy.settings import read_config
-from simulations import bench_collectives, bench_step
+from simulations import bench_collectives, bench_migration, bench_step
 
 
 def collectives_command(num_ranks: int, json_file: Path | None) -> int:
@@ -58,5 +58,30 @@ def step_command(
     print(f"{report['step_ms']:.1f} ms a step, {report['tokens_per_s']:.0f} tokens/s")
     if trace_file is not None:
         print(f"wrote {trace_file}: open it in https://ui.perfetto.dev or chrome://tracing")
+    write_json(json_file, report)
+    return 0
+
+
+def migration_command(
+    overrides: Sequence[str], blocks: int, changes_per_block: int, json_file: Path | None
+) -> int:
+    """Milliseconds of quiet and busy steps; results.{quiet,busy,under way}.{p50_ms,p99_ms,...}."""
+    redundant = "experts.num_redundant_experts=8"
+    try:
+        config = read_config(None, [redundant, *overrides])
+        report = bench_migration.run(config, blocks, changes_per_block)
+    except (ConfigError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    table = Table("steps", "number", "p50 ms", "p90 ms", "p99 ms", "max ms")
+    for name in ("quiet", "busy", "under way"):
+        row = report[name]
+        cells = [f"{row[key]:.1f}" for key in list(row)[1:]]
+        table.add_row(name, f"{row['steps']:,}", *cells)
+    Console().print(table)
+    print(
+        f"{report['experts']} experts, {report['bytes'] / 2**20:.1f} MiB, in "
+        f"{report['layers_changed']} changes; longest stall {report['longest_stall_ms']:.3f} ms"
+    )
     write_json(json_file, report)
     return 0

@@ -35,7 +35,12 @@ from deploy.settings import load_config
 SAMPLE_S = 0.5
 PAIRS = 2_000
 LATE = 1.1  # of the static run's 99th percentile: a step that somebody could notice
-LAYOUT = ("experts.num_redundant_experts=16", "eplb_config.interval_s=0.5")
+LAYOUT = (
+    "experts.num_redundant_experts=16",
+    "eplb_config.interval_s=0.5",
+    # mosaic's experts have 96 KiB: at this rate each is under way as long as one of DeepSeek-V3 at 64.
+    "eplb_config.bandwidth_mib_s=0.5",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,9 @@ class Run:
     failed: list[str] = field(default_factory=list)
     samples: list[tuple[float, str, NDArray[np.int64]]] = field(default_factory=list)
     step_s: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    """Seconds of every step."""
+    moving: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    """Whether experts were on their way to any rank in that step."""
     migration: dict[str, Any] = field(default_factory=dict)
 
     def balancedness(self) -> Iterator[tuple[float, str, float]]:
@@ -122,7 +130,11 @@ def _compare(
             }
             for domain in DOMAIN_PROMPTS
         },
-        "steps": {name: _step_report(run.step_s, limit_s) for name, run in runs.items()},
+        "steps": {
+            "static": _step_report(static.step_s, limit_s),
+            "rebalanced": _step_report(moving.step_s, limit_s),
+            "experts under way": _step_report(moving.step_s[moving.moving], limit_s),
+        },
         "same_tokens": static.tokens == moving.tokens,
         "num_tokens": sum(map(len, static.tokens.values())),
         "lost_requests": [*static.failed, *moving.failed],
@@ -132,6 +144,8 @@ def _compare(
 
 def _step_report(step_s: NDArray[np.float64], limit_s: float) -> dict[str, float]:
     """Milliseconds, and the share of steps longer than the limit."""
+    if not len(step_s):
+        return dict.fromkeys(("num", "p50_ms", "p99_ms", "max_ms", "late_share"), 0)
     return {
         "num": len(step_s),
         "p50_ms": 1000 * float(np.median(step_s)),
@@ -145,8 +159,10 @@ def _serve(config: ServeConfig, load: Load) -> Run:
     run = Run()
     with local_ray(cpus_for(config)), running_cluster(config) as cluster:
         asyncio.run(_traffic(cluster, load, run))
-        ranks = cluster.expert_stats()
-        run.step_s = np.array(ranks[0]["step_seconds"])
+        ranks = cluster.stats()
+        run.step_s = np.array([step.seconds for step in ranks[0]["steps"]])
+        moving = {step.number for rank in ranks for step in rank["steps"] if step.preparing}
+        run.moving = np.array([step.number in moving for step in ranks[0]["steps"]])
         run.migration = _sums([rank["migration"] for rank in ranks])
     return run
 
@@ -174,8 +190,8 @@ async def _traffic(cluster: RunningCluster, load: Load, run: Run) -> None:
                 for _ in range(load.concurrency)
             ]
             while True:
-                ranks = await asyncio.to_thread(cluster.expert_stats)
-                served_RL = np.array([rank["served"] for rank in ranks])
+                ranks = await asyncio.to_thread(cluster.stats)
+                served_RL = np.array([rank["expert_load"] for rank in ranks])
                 run.samples.append((time.monotonic() - start, domain, served_RL))
                 if not (await asyncio.wait(workers, timeout=SAMPLE_S))[1]:
                     break
@@ -208,7 +224,7 @@ def _show(console: Console, report: dict[str, Any]) -> None:
             f"{moving['last_third']:.3f}",
         )
     console.print(table)
-    table = Table("run", "steps", "p50 ms", "p99 ms", "max ms", f"> {LATE} x static p99")
+    table = Table("steps of", "number", "p50 ms", "p99 ms", "max ms", f"> {LATE} x static p99")
     for name, row in report["steps"].items():
         table.add_row(
             name,

@@ -316,6 +316,19 @@ def bench_overlap(
     raise typer.Exit(overlap_command(hosts, limit, repeats, json_file))
 
 
+@bench.command("migration")
+def bench_migration(
+    overrides: Overrides = None,
+    blocks: Annotated[int, typer.Option(min=1, help="Of 100 quiet and 100 busy steps.")] = 5,
+    changes: Annotated[int, typer.Option(min=1, help="Layers changed in each busy block.")] = 4,
+    json_file: JsonFile = None,
+) -> None:
+    """What moving experts costs the steps meanwhile: quiet and busy blocks of steps in turns."""
+    from deploy.bench import migration_command
+
+    raise typer.Exit(migration_command(overrides or [], blocks, changes, json_file))
+
+
 @bench.command("rebalance")
 def bench_rebalance(
     overrides: Overrides = None,

@@ -35,11 +35,6 @@ class RunningCluster:
         stats: list[dict[str, Any]] = _get(self.controller.stats.remote(), timeout_s=30)
         return stats
 
-    def expert_stats(self) -> list[dict[str, Any]]:
-        """One map per rank, see `cluster.worker.Worker.expert_stats`."""
-        stats: list[dict[str, Any]] = _get(self.controller.expert_stats.remote(), timeout_s=30)
-        return stats
-
 
 @contextmanager
 def running_cluster(config: ServeConfig) -> Iterator[RunningCluster]:

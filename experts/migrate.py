@@ -99,6 +99,12 @@ class Migrator:
         """In force."""
         return self.placement.epoch
 
+    @property
+    def preparing(self) -> bool:
+        """Whether weights are being fetched."""
+        staged = self._staged
+        return staged is not None and not staged.ready
+
     def metrics(self) -> dict[str, Any]:
         """The fields of `MigrationMetrics` and of `SupplyMetrics`."""
         return {**asdict(self._metrics), **asdict(self._supply.metrics)}

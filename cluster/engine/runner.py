@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
@@ -30,6 +30,16 @@ from router.placement import Placement
 GIB = 1 << 30
 ROWS_SAMPLED = 32
 STEPS_REMEMBERED = 4096
+RECENT_STEPS = 64
+
+
+class Step(NamedTuple):
+    """number: how many steps had been executed with this one. seconds: from one execute's end to the
+    next one's. preparing: whether experts were on their way to this rank at its end."""
+
+    number: int
+    seconds: float
+    preparing: bool
 
 
 class Runner:
@@ -51,7 +61,7 @@ class Runner:
         self.migrator = migrator
         self.num_steps = 0
         self._server = server
-        self._step_seconds: deque[float] = deque(maxlen=STEPS_REMEMBERED)
+        self._steps: deque[Step] = deque(maxlen=STEPS_REMEMBERED)
         self._last_end: float | None = None
 
     @staticmethod
@@ -106,7 +116,9 @@ class Runner:
             self.num_steps += 1
             now = perf_counter()
             if self._last_end is not None:
-                self._step_seconds.append(now - self._last_end)
+                self._steps.append(
+                    Step(self.num_steps, now - self._last_end, self.migrator.preparing)
+                )
             self._last_end = now
 
     def rest(self) -> None:
@@ -140,7 +152,8 @@ class Runner:
 
     def stats(self) -> dict[str, Any]:
         """Since the start: tokens through this rank's experts by MoE layer, bytes sent, seconds by
-        phase; and the memory held."""
+        phase, and what migrations did (see `Migrator.metrics`); the latest steps (see `Step`); and the
+        memory held."""
         ledger = self.model.dispatcher.ledger
         return {
             "expert_load": self.model.expert_load(),
@@ -150,6 +163,8 @@ class Runner:
             },
             "step_seconds": dict(self.timer.seconds),
             "memory": self.memory(),
+            "migration": self.migrator.metrics(),
+            "steps": list(self._steps),
         }
 
     def expert_stats(self) -> dict[str, Any]:
@@ -167,7 +182,7 @@ class Runner:
             "routed": torch.stack([moe.routed_E for moe in moes]).numpy(),
             "served": self.model.expert_load(),
             "rows": [moe.recent_TK[:ROWS_SAMPLED].numpy() for moe in moes],
-            "step_seconds": list(self._step_seconds),
+            "step_seconds": [step.seconds for step in list(self._steps)[-RECENT_STEPS:]],
             "migration": self.migrator.metrics(),
         }
 

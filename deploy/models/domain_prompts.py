@@ -29,6 +29,6 @@ DOMAIN_PROMPTS = {
         "for name in sorted(names):\n    if name.startswith('_'):\n",
         "    def test_empty(self):\n        self.assertEqual(",
         "try:\n    with open(path) as file:\n",
-        "def read_lines(path):\n    \"\"\"Return the lines of a file.\"\"\"\n",
+        'def read_lines(path):\n    """Return the lines of a file."""\n',
     ),
 }
