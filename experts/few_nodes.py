@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from comms.counts import CountExchange
+from experts.prepared import Prepared
 from router.placement import LayerPlacement
 from router.visits import NodeChoice
 
@@ -19,11 +20,10 @@ class FewNodesChoice:
 
     def __init__(self, exchange: CountExchange) -> None:
         self._exchange = exchange
-        self._of: NodeChoice | None = None
-        self._next: NodeChoice | None = None
+        self._copies = Prepared(NodeChoice)
 
     def choose(self, ids_TK: Tensor, counts_E: Tensor, layer: LayerPlacement) -> Tensor:
-        copies, groups = self._copies(layer), self._exchange.groups
+        copies, groups = self._copies.of(layer), self._exchange.groups
         node = groups.topology.node_of(groups.rank)
         ids = ids_TK.numpy()
         slots_TK = copies.prefer(ids, node)
@@ -37,12 +37,4 @@ class FewNodesChoice:
         return torch.from_numpy(slots_TK)
 
     def prepare(self, layer: LayerPlacement) -> None:
-        self._next = NodeChoice(layer)
-
-    def _copies(self, layer: LayerPlacement) -> NodeChoice:
-        for copies in (self._of, self._next):
-            if copies is not None and copies.layer is layer:
-                self._of = copies
-                return copies
-        self._of = NodeChoice(layer)
-        return self._of
+        self._copies.prepare(layer)

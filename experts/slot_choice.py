@@ -13,6 +13,7 @@ from torch import Tensor
 
 from experts.balance import Balance
 from experts.few_nodes import FewNodesChoice
+from experts.prepared import Prepared
 from experts.recent_choice import RecentChoice
 from router.placement import LayerPlacement
 from router.slots import choose_by_share, share_of_rank
@@ -53,11 +54,10 @@ class BalancedChoice:
     def __init__(self, balance: Balance, source_rank: int) -> None:
         self._balance, self._static = balance, StaticChoice(source_rank)
         self._recent = RecentChoice(balance.exchange, source_rank)
-        self._split: LayerSplit | None = None
-        self._next: LayerSplit | None = None
+        self._splits = Prepared(LayerSplit)
 
     def choose(self, ids_TK: Tensor, counts_E: Tensor, layer: LayerPlacement) -> Tensor:
-        split, balance = self._split_of(layer), self._balance
+        split, balance = self._splits.of(layer), self._balance
         if not split.has_choice:
             return self._static.choose(ids_TK, counts_E, layer)
         mine_E = counts_E.numpy()
@@ -77,15 +77,7 @@ class BalancedChoice:
 
     def prepare(self, layer: LayerPlacement) -> None:
         self._static.prepare(layer)
-        self._next = LayerSplit(layer)
-
-    def _split_of(self, layer: LayerPlacement) -> LayerSplit:
-        for split in (self._split, self._next):
-            if split is not None and split.layer is layer:
-                self._split = split
-                return split
-        self._split = LayerSplit(layer)
-        return self._split
+        self._splits.prepare(layer)
 
 
 def make_choice(balance: Balance | None, source_rank: int) -> SlotChoice:
