@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.server.client import ClientError
+from cluster.server.client import Client, ClientError
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
-from deploy.control_calls import ControlCalls, report
+from deploy.failed_calls import TIMEOUT_S, report
 from deploy.json_file import write_json
 
 _MAX_LINES = 100  # of tables for all layers
@@ -52,7 +52,7 @@ class LayerView:
 def placement_command(endpoint: str, layer: int | None, json_file: Path | None) -> int:
     """Print and write who holds what; 2 for a layer that the model has no experts in."""
     try:
-        with ControlCalls(endpoint) as calls:
+        with Client(endpoint, TIMEOUT_S) as calls:
             answer = calls.placement()
     except ClientError as error:
         return report(endpoint, error)

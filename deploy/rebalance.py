@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from cluster.server.client import ClientError
+from cluster.server.client import Client, ClientError
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
-from deploy.control_calls import ControlCalls, read_token, report
+from deploy.failed_calls import TIMEOUT_S, read_token, report
 from deploy.json_file import write_json
 from deploy.rebalance_effect import Outcome, as_json, effect_table, totals
 
@@ -40,12 +40,18 @@ def rebalance_command(
     json_file: Path | None,
 ) -> int:
     """Plan, show the effect, and unless `dry_run` follow the moving to its end."""
-    request = pb.RebalanceRequest(dry_run=dry_run, target=target, from_scratch=from_scratch)
     try:
         if target is not None and not (math.isfinite(target) and target >= 1):
             raise ValueError(f"--target {target:g}: must be a number of at least 1, e.g. 1.02")
-        with ControlCalls(endpoint, token=read_token(token_file)) as calls:
-            return _rebalance(Console(), calls, request, json_file)
+        with Client(endpoint, TIMEOUT_S, admin_token=read_token(token_file)) as calls:
+            before = _idle(calls)
+            answer = calls.rebalance(
+                dry_run=dry_run,
+                target=target,
+                from_scratch=from_scratch,
+                timeout_s=_PLAN_TIMEOUT_S,
+            )
+            return _follow(Console(), calls, before, answer, json_file)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -56,11 +62,13 @@ def rebalance_command(
         return 1
 
 
-def _rebalance(
-    console: Console, calls: ControlCalls, request: pb.RebalanceRequest, json_file: Path | None
+def _follow(
+    console: Console,
+    calls: Client,
+    before: pb.RebalanceStats,
+    answer: pb.RebalanceResponse,
+    json_file: Path | None,
 ) -> int:
-    before = _idle(calls)
-    answer = calls.rebalance(request, _PLAN_TIMEOUT_S)
     if answer.layers:
         console.print(effect_table(answer))
     console.print(totals(answer), highlight=False, markup=False, soft_wrap=True)
@@ -76,7 +84,7 @@ def _rebalance(
     return 0 if outcome is None or outcome.finished else 1
 
 
-def _idle(calls: ControlCalls, patience_s: float = _PATIENCE_S) -> pb.RebalanceStats:
+def _idle(calls: Client, patience_s: float = _PATIENCE_S) -> pb.RebalanceStats:
     """The counters while nothing is running, so that the next end to come is ours.
 
     A server that rebalances by itself plans for a moment now and then; what is still running after
@@ -89,7 +97,7 @@ def _idle(calls: ControlCalls, patience_s: float = _PATIENCE_S) -> pb.RebalanceS
 
 
 def watch(
-    console: Console, calls: ControlCalls, before: pb.RebalanceStats, lost_s: float = _LOST_S
+    console: Console, calls: Client, before: pb.RebalanceStats, lost_s: float = _LOST_S
 ) -> pb.RebalanceStats:
     """Show what the server does until it has finished or abandoned one more than `before`.
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from cluster.server.client import ClientError
-from deploy.control_calls import ControlCalls, report
+from cluster.server.client import Client, ClientError
+from deploy.failed_calls import report
 from deploy.keys import pressed_keys
 from deploy.leaving import Leaving
 from deploy.top_frame import Frame, Snapshot
@@ -24,7 +24,7 @@ _TIMEOUT_S = 3.0  # of a call; longer than any pause of a server that is well
 def top_command(endpoint: str, interval_s: float, *, once: bool) -> int:
     """Show the cluster until the user leaves; only once where output is no live terminal."""
     console = Console()
-    with ControlCalls(endpoint, timeout_s=_TIMEOUT_S) as calls:
+    with Client(endpoint, _TIMEOUT_S) as calls:
         try:
             snapshot = take_snapshot(calls)
         except ClientError as error:
@@ -41,15 +41,15 @@ def top_command(endpoint: str, interval_s: float, *, once: bool) -> int:
     return 0
 
 
-def take_snapshot(calls: ControlCalls) -> Snapshot:
+def take_snapshot(calls: Client) -> Snapshot:
     """Raises ClientError where any of the calls fails."""
-    return Snapshot(calls.endpoint, calls.server_info(), calls.balance(), calls.loads())
+    return Snapshot(calls.address, calls.server_info(), calls.balance(), calls.loads())
 
 
 class LiveView:
     """Polls a server and keeps the latest frame; says so while the server is lost."""
 
-    def __init__(self, calls: ControlCalls, snapshot: Snapshot, interval_s: float) -> None:
+    def __init__(self, calls: Client, snapshot: Snapshot, interval_s: float) -> None:
         self._calls = calls
         self._interval_s = interval_s
         self._snapshot = snapshot

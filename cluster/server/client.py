@@ -30,13 +30,17 @@ if TYPE_CHECKING:
     from cluster.server.proto.expertmesh.v1.inference_pb2_grpc import InferenceAsyncStub
 
 DEFAULT_TIMEOUT_S = 600.0
-_OPTIONS = [("grpc.max_receive_message_length", -1)]
+_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    # Whoever watches must see a server that is back within seconds; the default backs off to minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
 _READY = health_pb2.HealthCheckRequest(
     service=pb.DESCRIPTOR.services_by_name["Inference"].full_name
 )
 _RETRY_S = 0.05
 
-_Metadata = tuple[tuple[str, str], ...]
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -87,12 +91,25 @@ def build_request(
 
 
 class Client:
-    """Blocking client; threads may share one."""
+    """Blocking client; threads may share one.
 
-    def __init__(self, address: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    timeout_s: of every call that is given none of its own. admin_token: for rebalance and
+    dump_expert_stats, where the server has one.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        *,
+        admin_token: str | None = None,
+    ) -> None:
+        self.address = address
         self._timeout_s = timeout_s
+        self._metadata = (
+            () if admin_token is None else (("authorization", f"Bearer {admin_token}"),)
+        )
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
-        self._address = address
         self._inference = pb_grpc.InferenceStub(self._channel)
         self._control = control_pb2_grpc.ControlStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -141,20 +158,20 @@ class Client:
         dry_run: bool = False,
         target: float | None = None,
         from_scratch: bool = False,
-        admin_token: str | None = None,
+        timeout_s: float | None = None,
     ) -> control_pb2.RebalanceResponse:
         """Plan for the load recorded so far and, unless `dry_run`, start to move experts."""
         request = control_pb2.RebalanceRequest(
             dry_run=dry_run, target=target, from_scratch=from_scratch
         )
-        return self._call(self._control.Rebalance, request, _bearer(admin_token))
+        return self._call(self._control.Rebalance, request, timeout_s)
 
-    def dump_expert_stats(self, admin_token: str | None = None) -> bytes:
+    def dump_expert_stats(self) -> bytes:
         """The recorded load of the experts as an .npz file."""
         call = self._control.DumpExpertStats(
             control_pb2.DumpExpertStatsRequest(),
             timeout=self._timeout_s,
-            metadata=_bearer(admin_token),
+            metadata=self._metadata,
         )
         try:
             return b"".join(chunk.data for chunk in call)
@@ -174,16 +191,16 @@ class Client:
             except grpc.RpcError as error:
                 seen = _seen(error, seen)
                 time.sleep(min(_RETRY_S, max(0.0, deadline - time.monotonic())))
-        raise TimeoutError(f"{self._address} was not ready within {timeout_s:g} s: {seen}")
+        raise TimeoutError(f"{self.address} was not ready within {timeout_s:g} s: {seen}")
 
     def _call(
         self,
         method: "grpc.UnaryUnaryMultiCallable[_Request, _Response]",
         request: _Request,
-        metadata: _Metadata = (),
+        timeout_s: float | None = None,
     ) -> _Response:
         try:
-            return method(request, timeout=self._timeout_s, metadata=metadata)
+            return method(request, timeout=timeout_s or self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise ClientError.of(error) from None
 
@@ -274,10 +291,6 @@ class AsyncClient:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
-
-
-def _bearer(token: str | None) -> _Metadata:
-    return () if token is None else (("authorization", f"Bearer {token}"),)
 
 
 def _seen(error: Any, before: str) -> str:

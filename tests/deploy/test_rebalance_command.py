@@ -8,8 +8,8 @@ import grpc
 import pytest
 from rich.console import Console
 
+from cluster.server.client import Client
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
-from deploy.control_calls import ControlCalls
 from deploy.rebalance import WatchError, rebalance_command, watch
 from deploy.rebalance_effect import Outcome, ranges, size
 from tests.deploy.fake_control import FakeControl, serving, wait_until
@@ -161,7 +161,7 @@ def test_impossible_target(capsys, target):
 def test_a_server_that_loses_track_or_dies_is_given_up(control):
     control.balance.rebalances.started = 1
     with serving(control) as endpoint:
-        calls = ControlCalls(endpoint, timeout_s=1)
+        calls = Client(endpoint, timeout_s=1)
         with pytest.raises(WatchError, match="no rebalance is running and that none has ended"):
             watch(Console(), calls, pb.RebalanceStats(), lost_s=0.2)
     with pytest.raises(WatchError, match="does not answer"):
@@ -172,7 +172,7 @@ def test_a_server_that_loses_track_or_dies_is_given_up(control):
 def test_a_busy_server_is_not_given_up(control):
     control.balance.rebalances.running = True
     control._left = ["layer 1"] * 5
-    with serving(control) as endpoint, ControlCalls(endpoint) as calls:
+    with serving(control) as endpoint, Client(endpoint) as calls:
         assert watch(Console(), calls, pb.RebalanceStats(), lost_s=0.3).finished == 1
 
 
@@ -180,7 +180,7 @@ def test_watching_survives_a_gap(control):
     control.balance.rebalances.running = True
     ended = []
     with serving(control) as endpoint:
-        calls = ControlCalls(endpoint, timeout_s=1)
+        calls = Client(endpoint, timeout_s=1)
         watching = threading.Thread(
             target=lambda: ended.append(watch(Console(), calls, pb.RebalanceStats(), 20))
         )

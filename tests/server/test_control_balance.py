@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cluster.rebalancer import ExpertFacts, Rebalancer
-from cluster.server.client import ClientError
+from cluster.server.client import Client, ClientError
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
 from cluster.server.proto.expertmesh.v1 import control_pb2_grpc as pb_grpc
 from router.placement import Placement
@@ -192,12 +192,15 @@ def test_admin_calls_need_the_token_and_reads_do_not(tmp_path):
     with serve(*options, make_rebalancer=ranks.rebalancer) as serving:
         client = serving.client
         wait_until(lambda: client.balance().ranks)
-        for call in (client.rebalance, client.dump_expert_stats):
-            with pytest.raises(ClientError) as caught:
-                call(admin_token="wrong")
-            assert caught.value.code == "UNAUTHENTICATED"
-        assert client.dump_expert_stats(admin_token="sesame")
-        assert not client.rebalance(dry_run=True, admin_token="sesame").started
+        for token in (None, "wrong"):
+            with Client(serving.address, admin_token=token) as stranger:
+                for call in (stranger.rebalance, stranger.dump_expert_stats):
+                    with pytest.raises(ClientError) as caught:
+                        call()
+                    assert caught.value.code == "UNAUTHENTICATED"
+        with Client(serving.address, admin_token="sesame") as admin:
+            assert admin.dump_expert_stats()
+            assert not admin.rebalance(dry_run=True).started
         assert client.placement().num_ranks == 4
         serving.do(ranks.flipping.cancel)
 
