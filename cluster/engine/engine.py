@@ -7,8 +7,8 @@ The experts join all replicas, so every replica takes part in every step: leader
 one small all-gather, on whether there is work (an idle replica runs with zero tokens), on the
 placement epoch, and on stopping. A new placement, which all ranks have prepared, comes in force once
 every leader was told so: in the same step on all ranks, before they execute. When nobody has work
-everybody sleeps until a mailbox wakes or a heartbeat is due. A frame goes to the gateway at least once per heartbeat, events or not: it judges
-a replica's health by its silence.
+everybody sleeps until a mailbox wakes or a heartbeat is due. A frame goes to the gateway at least once
+per heartbeat, events or not: it judges a replica's health by its silence.
 """
 
 import logging

@@ -83,10 +83,9 @@ class Transformer:
     ) -> Transformer:
         """Read this rank's share of a checkpoint directory. Collective with combine "fixed" only.
 
-        `split`: how tokens choose among the copies of an expert.
-
-        `placement` has one layer for each of `config.moe_layers`. Raises CheckpointError naming
-        file and tensor, and ValueError for a layout that the model does not divide into.
+        `placement` has one layer for each of `config.moe_layers`; `split` says how tokens choose among
+        the copies of an expert. Raises CheckpointError naming file and tensor, and ValueError for a
+        layout that the model does not divide into.
         """
         loader = Loader(
             checkpoint=Checkpoint(path),
@@ -119,9 +118,9 @@ class Transformer:
         """Logits [L, V] in fp32 of the batch's `logit_rows` on TP rank 0, None on the others.
 
         Collective: over the world for the experts, over the replica for the rest. `max_tokens`, the
-        most that any replica has, decides what is overlapped and whether the batch is evened out
-        over copies of experts; None: nothing. Writes the tokens' keys
-        and values to `kv`. Raises ValueError for token ids outside the vocabulary.
+        most that any replica has, decides what is overlapped and whether the batch is evened out over
+        copies of experts; None: nothing. Writes the tokens' keys and values to `kv`. Raises ValueError
+        for token ids outside the vocabulary.
         """
         of_rank = None if max_tokens is None else -(-max_tokens // self.tp.size)
         batches = batch.split(self.dispatcher.expect(of_rank))
