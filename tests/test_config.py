@@ -79,13 +79,14 @@ def test_bad_value_names_field_and_allowed_values(override, parts):
         assert part in str(caught.value)
 
 
-def test_a_balanced_split_needs_sums_that_do_not_depend_on_it():
+@pytest.mark.parametrize("split", ["balanced", "activated", "nodes"])
+def test_such_splits_need_sums_that_do_not_depend_on_them(split):
     """Neither section is wrong by itself, so the message names both options."""
-    overrides = ["experts.split=balanced", "comms.combine=node"]
+    overrides = [f"experts.split={split}", "comms.combine=node"]
     with pytest.raises(ConfigError) as caught:
         ServeConfig.from_dict({"model": "m"}, overrides)
     message = str(caught.value)
-    assert message.startswith("experts.split = 'balanced' with comms.combine = 'node'")
+    assert message.startswith(f"experts.split = {split!r} with comms.combine = 'node'")
     assert "set comms.combine to 'fixed' or 'exact', or experts.split to" in message
     assert ServeConfig.from_dict({"model": "m"}, overrides[1:]).experts.split == "auto"
 
