@@ -1,5 +1,6 @@
 """One served cluster for all tests that talk to it as a client would."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,13 @@ OPTIONS = (
     "eplb_config.interval_s=0.25",
     "eplb_config.min_tokens=16",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_reaches_our_commands() -> None:
+    """A shell lets what it runs in the background ignore Ctrl-C, and children inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
