@@ -81,7 +81,7 @@ class Mover:
             for number, (layer, row) in enumerate(draft.rows, 1):
                 counters.doing = (
                     f"layer {self._model_layers[layer]} ({number} of {len(draft.rows)}), "
-                    f"{moves[layer]} experts move"
+                    f"experts to move: {moves[layer]}"
                 )
                 await self._change(layer, row)
                 counters.moves += moves[layer]

@@ -22,7 +22,6 @@ from deploy.failed_calls import TIMEOUT_S, report
 from deploy.json_file import write_json
 
 _MAX_LINES = 100  # of tables for all layers
-_MAX_COLUMNS = 12  # one for each slot; the experts of more slots share a column
 _MAX_NAMED = 8  # replicated experts that a summary names
 
 
@@ -91,14 +90,19 @@ def layer_views(answer: pb.GetExpertPlacementResponse) -> list[LayerView]:
 def fits(views: Sequence[LayerView], width: int) -> bool:
     """Whether tables of all layers are a few screens, each rank on one line."""
     lines = sum(len(view.ranks()) + 5 for view in views)
-    digits = max((len(str(max(view.experts))) for view in views), default=1)
-    return lines <= _MAX_LINES and 20 + (digits + 4) * views[0].slots_per_rank <= width
+    return lines <= _MAX_LINES and all(_has_columns(view, width) for view in views)
 
 
-def layer_table(view: LayerView, ranks_per_node: int) -> Table:
+def _has_columns(view: LayerView, width: int) -> bool:
+    """Whether a column for each slot is narrow enough."""
+    digits = len(str(max(view.experts)))
+    return 20 + (digits + 4) * view.slots_per_rank <= width
+
+
+def layer_table(view: LayerView, ranks_per_node: int, width: int) -> Table:
     """Ranks x slots; experts with more than one copy carry an asterisk."""
     copies = view.copies
-    wide = view.slots_per_rank > _MAX_COLUMNS
+    wide = not _has_columns(view, width)
     columns = ["experts"] if wide else [str(slot) for slot in range(view.slots_per_rank)]
     table = Table(title=f"experts of {view.name} by slot", title_justify="left")
     for name in ("node", "rank"):
@@ -165,7 +169,7 @@ def _print_tables(
     console: Console, views: Sequence[LayerView], answer: pb.GetExpertPlacementResponse
 ) -> None:
     for view in views:
-        console.print(layer_table(view, max(1, answer.ranks_per_node)))
+        console.print(layer_table(view, max(1, answer.ranks_per_node), console.width))
     if any(max(view.copies.values(), default=0) > 1 for view in views):
         console.print("* expert with more than one copy")
 

@@ -53,7 +53,7 @@ def totals(answer: pb.RebalanceResponse) -> str:
             f"worst {max(before):.3f} -> {max(after):.3f}"
         )
     moves = sum(layer.moves for layer in answer.layers)
-    lines.append(f"{moves:,} experts to move, {size(answer.bytes)}")
+    lines.append(f"experts to move: {moves:,}, {size(answer.bytes)}")
     state = "started" if answer.started else "nothing was changed"
     lines.append(f"{state}: {answer.reason}" if answer.reason else state)
     return "\n".join(lines)
@@ -85,7 +85,7 @@ class Outcome:
         )
 
     def __str__(self) -> str:
-        moved = f"{self.moves:,} experts moved, {size(self.bytes)} in {self.seconds:.1f} s"
+        moved = f"experts moved: {self.moves:,}, {size(self.bytes)} in {self.seconds:.1f} s"
         return f"finished: {moved}" if self.finished else f"abandoned: {self.error}; {moved}"
 
 

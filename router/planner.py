@@ -193,7 +193,7 @@ class _Layer:
         row_S, reached = self._moved(present_S, most)
         moves = num_moves(present_S, row_S, self.ranks.slots_per_rank)
         after = self.ranks.imbalance(row_S, self.mean_E)
-        reason = f"{moves} moves: {before:.3f} -> {after:.3f}"
+        reason = f"{moves} move{'s' * (moves != 1)}: {before:.3f} -> {after:.3f}"
         if not reached:
             reason += f", target {target:.3f} not reached"
             anew_S, imbalance = self._anew(present_S)

@@ -187,7 +187,7 @@ def test_an_operator_can_ask_and_a_second_one_must_wait():
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert answers[0].started
         assert "FAILED_PRECONDITION: a rebalance is running" in str(answers[1])
-        with pytest.raises(RequestError, match=r"layer [35] .1 of 2., . experts move"):
+        with pytest.raises(RequestError, match=r"layer [35] .1 of 2., experts to move: ."):
             await case.rebalancer.rebalance()
         assert not (await case.rebalancer.rebalance(dry_run=True)).started
         await case.until(lambda: case.counters.abandoned)

@@ -81,10 +81,10 @@ def _summary(outcome: Outcome) -> str:
         return "nothing to move: no layer would be better balanced"
     worst_before = max(effect.imbalance_before for effect in effects)
     worst_after = max(effect.imbalance_after for effect in effects)
-    done = "are moving" if outcome.started else "would move"
+    changing = "changing" if outcome.started else "to change"
     return (
-        f"{outcome.draft.num_moves} experts {done} in {len(rows)} layers; worst imbalance "
-        f"{worst_before:.3f} -> {worst_after:.3f}"
+        f"{len(rows)} of {len(effects)} layers {changing}; worst imbalance {worst_before:.3f} -> "
+        f"{worst_after:.3f}"
     )
 
 

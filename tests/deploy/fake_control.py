@@ -28,7 +28,10 @@ class FakeControl(pb_grpc.ControlServicer):
         self.plan = pb.RebalanceResponse()
         self.refusal: tuple[grpc.StatusCode, str] | None = None
         self.token: str | None = None
-        self.doings = ["layer 1 (1 of 2), 3 experts move", "layer 4 (2 of 2), 1 experts move"]
+        self.doings = [
+            "layer 1 (1 of 2), experts to move: 3",
+            "layer 4 (2 of 2), experts to move: 1",
+        ]
         self.abandons = ""
         self.requests: list[pb.RebalanceRequest] = []
         self._left: list[str] | None = None

@@ -76,7 +76,7 @@ def test_dry_run_shows_the_effect_and_starts_nothing(control, capsys, tmp_path):
         ["2-3", "1.020", "1.020", "1.000", "0", "0.0", "[bold] reason 3"],
     ]
     assert "mean imbalance 1.190 -> 1.010, worst 1.500 -> 1.020" in output
-    assert "4 experts to move, 96.0 MiB" in output
+    assert "experts to move: 4, 96.0 MiB" in output
     assert "nothing was changed: worst imbalance" in output
     report = json.loads((tmp_path / "r.json").read_text())
     assert (report["started"], report["bytes"], report["outcome"]) == (False, 96 * MIB, None)
@@ -91,7 +91,7 @@ def test_it_watches_to_the_end(control, capsys, tmp_path):
     assert not control.requests[0].HasField("target")
     positions = [output.index(doing) for doing in control.doings]
     assert positions == sorted(positions)
-    assert "finished: 4 experts moved, 96.0 MiB in 1.5 s" in output
+    assert "finished: experts moved: 4, 96.0 MiB in 1.5 s" in output
     assert json.loads((tmp_path / "r.json").read_text())["outcome"]["finished"]
 
 
@@ -101,7 +101,7 @@ def test_abandoned_is_a_failure(control, capsys, tmp_path):
     with serving(control) as endpoint:
         assert ask(endpoint, json_file=tmp_path / "r.json") == 1
     assert (
-        "abandoned: rank 2 has not prepared layer 4 within 30 s; 1 experts moved, 24.0 MiB"
+        "abandoned: rank 2 has not prepared layer 4 within 30 s; experts moved: 1, 24.0 MiB"
         in capsys.readouterr().out
     )
     outcome = json.loads((tmp_path / "r.json").read_text())["outcome"]

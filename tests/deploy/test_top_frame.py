@@ -19,7 +19,7 @@ EVENTS = pb.RebalanceStats(
     bytes=3 * 2**30,
     stall_ms=0.25,
     running=True,
-    doing="layer 12 (10 of 58), 7 experts move",
+    doing="layer 12 (10 of 58), experts to move: 7",
     last_reason="1.21 above the threshold 1.05\nin 31 layers",
     last_error="rank 5 has not prepared layer 12 within 30 s; " * 3,
 )
@@ -62,7 +62,7 @@ def test_small_cluster_shows_every_figure():
 def test_events_are_told():
     text = "\n".join(shown(snapshot(np.ones((2, 2)), rebalances=EVENTS, enabled_reason="on: x")))
     assert "3 started, 1 finished, 1 abandoned; 3.0 GiB moved, stall 0.2 ms" in text
-    assert "now: layer 12 (10 of 58), 7 experts move" in text
+    assert "now: layer 12 (10 of 58), experts to move: 7" in text
     assert "last reason: 1.21 above the threshold 1.05 in 31 layers" in text
     assert "last error: rank 5 has not prepared layer 12 within 30 s;" in text
     assert "automatic: on: x" in text

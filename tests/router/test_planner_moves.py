@@ -52,7 +52,7 @@ def test_a_small_drift_moves_a_few_experts_to_the_target():
         result = planned(now_E, SIZES, current=current)
         assert result.moves <= most
         assert least_imbalance(result.placement.physical_to_logical[0], now_E, 64) <= 1.02 + 1e-6
-        assert f"{result.moves} moves: " in result.layers[0].reason
+        assert f"{result.moves} move" in result.layers[0].reason
 
 
 def test_one_hot_expert_needs_one_copy():
@@ -63,7 +63,7 @@ def test_one_hot_expert_needs_one_copy():
     result = planned([10.0, 0, 0, 0], {"num_ranks": 2, "slots_per_rank": 3}, current=current)
     assert result.placement.physical_to_logical.tolist() == [[0, 1, -1, 2, 3, 0]]
     assert result.layers[0].imbalance == 1.0
-    assert result.layers[0].reason == "1 moves: 2.000 -> 1.000"
+    assert result.layers[0].reason == "1 move: 2.000 -> 1.000"
 
 
 def test_without_spare_slots_two_experts_change_places():

@@ -123,7 +123,7 @@ def test_a_dry_run_explains_and_a_run_does_it(serving, ranks):
         assert effect.lower_bound <= effect.imbalance_after <= 1.02
         assert effect.bytes == 1000 * effect.moves > 0
     assert shown.bytes == sum(effect.bytes for effect in shown.layers)
-    assert "would move in 2 layers; worst imbalance 2.000 -> 1.0" in shown.reason
+    assert "2 of 2 layers to change; worst imbalance 2.000 -> 1.0" in shown.reason
     assert serving.client.balance().rebalances.started == 0
 
     done = serving.client.rebalance()
