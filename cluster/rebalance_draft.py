@@ -13,10 +13,7 @@ import numpy as np
 from router.load import ExpertLoad
 from router.placement import IntArray, Placement, settle
 from router.planner import PlanOptions, plan
-from router.split import LayerSplit
-
-_TOKENS = 1 << 20
-"""Loads become integers of this sum per layer: splits are exact in integers."""
+from router.split import resplit_optima
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +51,8 @@ def draft(
 ) -> Draft:
     """Plan from `current`, or, `from_scratch`, without regard to what is where.
 
-    `target`: max / mean over ranks to reach. `node_traffic`: see `PlanOptions`. `only`: the layers that may change; None: all.
+    `target`: max / mean over ranks to reach. `node_traffic`: see `PlanOptions`. `only`: the layers
+    that may change; None: all.
     """
     planned = plan(
         load,
@@ -70,7 +68,7 @@ def draft(
     moves_L = np.bincount(
         [move.layer for move in drafted.moves_from(current)], minlength=current.num_layers
     )
-    before_L = imbalances(load, current)
+    before_L = resplit_optima(load.mean_LE, current).tolist()
     effects = tuple(
         LayerEffect(
             layer=layer,
@@ -86,15 +84,6 @@ def draft(
     changed = [i for i in layers if (rows[i] != current.physical_to_logical[i]).any()]
     changed.sort(key=lambda layer: -before_L[layer])
     return Draft(rows=tuple((layer, rows[layer]) for layer in changed), effects=effects)
-
-
-def imbalances(load: ExpertLoad, placement: Placement) -> list[float]:
-    """Each layer's max / mean over ranks if its mean load is divided over copies as well as can be."""
-    found = []
-    for layer, mean_E in enumerate(load.mean_LE):
-        tokens_E = np.rint(mean_E * (_TOKENS / max(mean_E.sum(), 1e-300))).astype(np.int64)
-        found.append(LayerSplit(placement.layer(layer)).imbalance(tokens_E))
-    return found
 
 
 def _row(planned: Placement, current: Placement, layer: int) -> IntArray:

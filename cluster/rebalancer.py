@@ -19,12 +19,13 @@ from cluster.draft_aside import Drafting, draft_aside
 from cluster.load_watch import LoadWatch
 from cluster.mover import Counters, Mover
 from cluster.ranks import Rank, RanksError
-from cluster.rebalance_draft import Draft, imbalances
+from cluster.rebalance_draft import Draft
 from cluster.rollout import Leaders, Rollout
 from cluster.server.errors import Code, RequestError
 from router.load import ExpertLoad, LoadWindow
 from router.placement import Placement
 from router.policy import Decision, Policy, PolicyOptions
+from router.split import resplit_optima
 
 PLAN_TIMEOUT_S = 300.0
 MAX_PAUSE_S = 300.0
@@ -158,8 +159,8 @@ class Rebalancer:
         load = self.loads.load()
         if load is None:
             return [0.0] * self.placement.num_layers
-        found = await asyncio.to_thread(imbalances, load, self.placement)
-        return [1 / imbalance for imbalance in found]
+        optima_L = await asyncio.to_thread(resplit_optima, load.mean_LE, self.placement)
+        return [1 / optimum for optimum in optima_L.tolist()]
 
     async def _draft(self, target: float, from_scratch: bool) -> Draft:
         if self.placement.num_ranks == 1:

@@ -81,12 +81,8 @@ class Worker:
             self._groups.abort()
 
     def expert_stats(self) -> dict[str, Any]:
-        """Since the start: what this rank's tokens chose, what its experts computed, the bytes sent.
-
-        See `Runner.expert_stats`; read while steps go on, so parts may be a step apart.
-        """
-        runner = self._loaded.runner
-        return {**runner.expert_stats(), "bytes": runner.stats()["bytes"]}
+        """See `Runner.expert_stats`; read while steps go on, so parts may be a step apart."""
+        return self._loaded.runner.expert_stats()
 
     def prepare(self, epoch: int, layer: int, row: Sequence[int]) -> None:
         """Fetch what this rank needs to hold its slots of `row`, the next placement of `layer`.

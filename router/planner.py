@@ -21,7 +21,8 @@ from router.few_moves import few_moves
 from router.full_plan import FullPlan, full_plan
 from router.load import ExpertLoad
 from router.placement import IntArray, Placement, settle
-from router.ranks import Ranks, num_moves, whole
+from router.ranks import Ranks, num_moves
+from router.split import whole
 
 FloatArray = NDArray[np.float64]
 

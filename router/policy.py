@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 
 from router.load import LoadWindow
 from router.placement import Placement
-from router.split import LayerSplit
+from router.split import resplit_optima
 
 MIN_BATCHES = 1.5
 """One batch shows no variance: nobody knows what of it was chance."""
-TOKENS = 1 << 30
-"""Mean loads are scaled to so many tokens per layer, so that rounding to integers is nothing."""
 _TINY = 1e-300
 
 
@@ -101,14 +99,7 @@ class Policy:
         if window.num_batches < MIN_BATCHES:
             return _no(f"{window.num_batches:.0f} batches recorded, 2 are needed", layers)
         load = window.estimate()
-        shares_LE = load.mean_LE / np.maximum(load.mean_LE.sum(axis=1, keepdims=True), _TINY)
-        tokens_LE = np.rint(shares_LE * TOKENS).astype(np.int64)
-        imbalance_L = np.array(
-            [
-                LayerSplit(placement.layer(layer), self.options.rank_speeds).imbalance(tokens_E)
-                for layer, tokens_E in enumerate(tokens_LE)
-            ]
-        )
+        imbalance_L = resplit_optima(load.mean_LE, placement, self.options.rank_speeds)
         noise_L = _noise(load.mean_LE, window.error_LE(), placement.num_ranks)
         return self._weigh(imbalance_L, noise_L, placement.num_ranks)
 

@@ -9,9 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.placement import IntArray, Placement
-from router.split import LayerSplit
-
-_TOKENS = 1 << 30  # loads become integers of this sum, whatever their unit was
+from router.split import resplit_optima
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,13 +51,7 @@ class Ranks:
             num_ranks=self.num_ranks,
             ranks_per_node=self.ranks_per_node,
         )
-        return LayerSplit(placement.layer(0), self.speed_R).imbalance(whole(load_E))
-
-
-def whole(load_E: NDArray[np.float64]) -> IntArray:
-    """The load in integers of a sum that rounding does not matter to."""
-    tokens_E: IntArray = np.rint(load_E * (_TOKENS / load_E.sum())).astype(np.int64)
-    return tokens_E
+        return float(resplit_optima(load_E[None], placement, self.speed_R)[0])
 
 
 def num_moves(present_S: IntArray, target_S: IntArray, slots_per_rank: int) -> int:

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.flow import Flow
-from router.placement import IntArray, LayerPlacement
+from router.placement import IntArray, LayerPlacement, Placement
 
 _UNIT = 1 << 16  # speeds are multiples of 1/_UNIT, so that every rank rounds alike
+_TOKENS = 1 << 30  # mean loads become integers of this sum, whatever their unit was
 
 
 class LayerSplit:
@@ -201,3 +202,24 @@ def _integer_speeds(
         )
     units_R = np.rint(speeds_R / speeds_R.mean() * _UNIT).astype(np.int64)
     return np.asarray(np.maximum(1, units_R))
+
+
+def whole(load_E: NDArray[np.float64]) -> IntArray:
+    """The load in integers of a sum that rounding does not matter to; no load stays none."""
+    scale = _TOKENS / (load_E.sum() or 1.0)
+    tokens_E: IntArray = np.rint(load_E * scale).astype(np.int64)
+    return tokens_E
+
+
+def resplit_optima(
+    mean_LE: NDArray[np.float64],
+    placement: Placement,
+    rank_speeds: Sequence[float] | NDArray[np.float64] | None = None,
+) -> NDArray[np.float64]:
+    """[L]: max / mean over ranks of each layer's load, divided over the present copies as well as can be."""
+    return np.array(
+        [
+            LayerSplit(placement.layer(layer), rank_speeds).imbalance(whole(mean_E))
+            for layer, mean_E in enumerate(mean_LE)
+        ]
+    )

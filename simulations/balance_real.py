@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from router.load import LoadWindow
-from router.load_files import expert_counts, read_routing
+from router.load_files import expert_counts
 from router.placement import Placement
 from router.planner import PlanOptions
 from router.policy import Policy, PolicyOptions
 from simulations.balance_planned import eplb_placement, planned_placement, replanned
 from simulations.balance_served import Served, even_imbalance_L, summary
+from simulations.recorded import Ids, read_tasks
 from simulations.workload import ClusterShape, FloatArray, IntArray
 
-Ids = NDArray[np.integer[Any]]
 SHAPE = ClusterShape(num_experts=64, num_slots=80, num_nodes=4, ranks_per_node=4)
 BATCH_TOKENS = 1024
 SHIFT_BATCHES = 40
@@ -43,7 +42,7 @@ def real(trace: Path, progress: Callable[[str], None]) -> dict[str, Any]:
 
     Raises LoadFileError for a file that is no routing trace, ValueError for one that does not fit.
     """
-    tasks = {name: _checked(name, ids_TLK) for name, ids_TLK in read_routing(trace).items()}
+    tasks = read_tasks(trace, num_experts=SHAPE.num_experts, least_tokens=2 * BATCH_TOKENS)
     progress("real: same task")
     same = [_halves(ids_TLK) for ids_TLK in tasks.values()]
     progress("real: mixed tasks")
@@ -58,15 +57,6 @@ def real(trace: Path, progress: Callable[[str], None]) -> dict[str, Any]:
         report["shift"] = shift(shuffled, progress)
         report["shift_in_order"] = shift(tasks, progress)
     return report
-
-
-def _checked(name: str, ids_TLK: Ids) -> Ids:
-    if int(ids_TLK.max()) >= SHAPE.num_experts or len(ids_TLK) < 2 * BATCH_TOKENS:
-        raise ValueError(
-            f"array '{name}' has {len(ids_TLK)} tokens and expert ids up to {ids_TLK.max()}; this "
-            f"measurement needs {2 * BATCH_TOKENS} tokens and ids below {SHAPE.num_experts}"
-        )
-    return ids_TLK
 
 
 def _half(ids_TLK: Ids, n: int) -> Ids:

@@ -18,15 +18,15 @@ import torch
 from numpy.typing import NDArray
 
 from router.affinity import plan_layer
-from router.load_files import expert_counts, read_routing
+from router.load_files import expert_counts
 from router.placement import LayerPlacement, Placement
 from router.slots import choose_by_share, share_of_rank
 from router.split import LayerSplit
 from router.visits import NodeChoice, node_sends
 from simulations.balance_planned import eplb_placement
+from simulations.recorded import Ids, read_tasks
 from simulations.workload import ClusterShape, IntArray
 
-Ids = NDArray[np.integer[Any]]
 Tokens = list[IntArray]  # [T, K] of each rank: ids, or slots
 Choose = Callable[[Tokens], Tokens]
 
@@ -53,14 +53,8 @@ def sends(trace: Path, progress: Callable[[str], None]) -> dict[str, Any]:
 
     Raises LoadFileError for a file that is no routing trace, ValueError for one that does not fit.
     """
-    tasks = {}
-    for name, ids_TLK in read_routing(trace).items():
-        if int(ids_TLK.max()) >= SHAPE.num_experts or len(ids_TLK) < 2 * BATCH_TOKENS:
-            raise ValueError(
-                f"array '{name}' has {len(ids_TLK)} tokens and expert ids up to {ids_TLK.max()}; this "
-                f"measurement needs {2 * BATCH_TOKENS} tokens and ids below {SHAPE.num_experts}"
-            )
-        tasks[name] = _task(name, ids_TLK, progress)
+    recorded = read_tasks(trace, num_experts=SHAPE.num_experts, least_tokens=2 * BATCH_TOKENS)
+    tasks = {name: _task(name, ids_TLK, progress) for name, ids_TLK in recorded.items()}
     keys = next(iter(tasks.values()))
     report: dict[str, Any] = {k: float(np.mean([t[k] for t in tasks.values()])) for k in keys}
     report["worst_layer"] = max(task["worst_layer"] for task in tasks.values())

@@ -154,13 +154,9 @@ class Runner:
         """Since the start: tokens through this rank's experts by MoE layer, bytes sent, seconds by
         phase, and what migrations did (see `Migrator.metrics`); the latest steps (see `Step`); and the
         memory held."""
-        ledger = self.model.dispatcher.ledger
         return {
             "expert_load": self.model.expert_load(),
-            "bytes": {
-                "intra_node": ledger.intra_node_bytes(),
-                "inter_node": ledger.inter_node_bytes(),
-            },
+            "bytes": self._bytes_sent(),
             "step_seconds": dict(self.timer.seconds),
             "memory": self.memory(),
             "migration": self.migrator.metrics(),
@@ -171,7 +167,8 @@ class Runner:
         """What decides on placements, by expert layer. From any thread, maybe amid a step.
 
         Since the start: "routed" [L, E], the choices of each expert for this rank's own tokens,
-        "served", (token, expert) pairs computed here, and "migration", see `Migrator.metrics`.
+        "served", (token, expert) pairs computed here, the bytes sent, and "migration", see
+        `Migrator.metrics`.
         "rows": experts of a few tokens of the latest batch. "step_seconds": of the last steps, from
         one execute's end to the next one's.
         """
@@ -181,9 +178,17 @@ class Runner:
             "step": self.num_steps,
             "routed": torch.stack([moe.routed_E for moe in moes]).numpy(),
             "served": self.model.expert_load(),
+            "bytes": self._bytes_sent(),
             "rows": [moe.recent_TK[:ROWS_SAMPLED].numpy() for moe in moes],
             "step_seconds": [step.seconds for step in list(self._steps)[-RECENT_STEPS:]],
             "migration": self.migrator.metrics(),
+        }
+
+    def _bytes_sent(self) -> dict[str, int]:
+        ledger = self.model.dispatcher.ledger
+        return {
+            "intra_node": ledger.intra_node_bytes(),
+            "inter_node": ledger.inter_node_bytes(),
         }
 
 

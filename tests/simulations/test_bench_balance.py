@@ -5,6 +5,7 @@ import pytest
 from scipy.optimize import linprog
 
 from router.load import ExpertLoad, LoadFileError
+from router.load_files import read_routing
 from router.placement import Placement
 from simulations import (
     balance_drift,
@@ -127,7 +128,7 @@ def test_recorded_routing(trace) -> None:
 
 def test_migration_keeps_its_budget(trace) -> None:
     """Few experts arrive with a batch, and a layer changes when all of its experts are there."""
-    tasks = balance_real.read_routing(trace)
+    tasks = read_routing(trace)
     window = balance_real._window(tasks["first"])
     start = planned_placement(window.estimate(), balance_real.SHAPE)
     cluster, in_force = balance_real.Migrating(start, 2), 0
