@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from deploy.simulate import simulate
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -19,6 +21,7 @@ testbed = typer.Typer(
     no_args_is_help=True, help="Hosts with limited links on this machine; needs root and iproute2."
 )
 app.add_typer(testbed, name="testbed")
+app.add_typer(simulate, name="simulate")
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
