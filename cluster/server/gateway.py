@@ -22,6 +22,7 @@ from cluster.server import wire
 from cluster.server.errors import Code, RequestError
 from cluster.server.in_flight import InFlight
 from cluster.server.leaders import LeaderLinks, Replica
+from cluster.server.least_loaded import least_loaded
 from cluster.server.readiness import Readiness
 from cluster.server.request import (
     Chunk,
@@ -249,12 +250,12 @@ class Gateway:
         return admitted
 
     def _choose(self, wanted: int | None) -> Replica:
-        """The least loaded replica that is heard of; the first of equals."""
+        """The one that the request names, else the least loaded."""
         if wanted is not None:
             if wanted not in self._opened.replicas:
                 raise RequestError(Code.UNAVAILABLE, f"replica {wanted} is not attached")
             return self._opened.replicas[wanted]
-        return min(self.replicas, key=lambda r: (r.suspect, r.in_flight, r.idx))
+        return least_loaded(self.replicas)
 
     def _end(
         self,
