@@ -256,6 +256,7 @@ def _mixtral(config: ConfigJson) -> dict[str, Any]:
 SUPPORTED: dict[str, Callable[[ConfigJson], dict[str, Any]]] = {
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
+    "kimi_k2": _deepseek_v3,  # the same architecture in other sizes
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
 }

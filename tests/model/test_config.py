@@ -82,7 +82,7 @@ REFUSED = [
     ("qwen3_moe_norm", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary"),
     ("qwen3_moe_norm", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
     ("mixtral", {"sliding_window": 256}, "sliding_window=256"),
-    ("mixtral", {"model_type": "llama"}, "deepseek_v2, deepseek_v3, mixtral, qwen3_moe"),
+    ("mixtral", {"model_type": "llama"}, "deepseek_v3, kimi_k2, mixtral, qwen3_moe"),
     ("mixtral", {"model_type": None}, "model_type None"),
 ]
 
