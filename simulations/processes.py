@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ def available_cores() -> int:
 
 def each_finished(
     function: Callable[[Item], Result], items: Sequence[Item], num_processes: int
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """(item, function(item)) of all items; with one process, here and in order.
 
     `function` and items are pickled. Whatever ends the iteration early, Ctrl-C among it, ends the

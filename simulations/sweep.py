@@ -50,7 +50,7 @@ class Grid:
     policy: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        least = {name: 1 for name in ("num_nodes", "ranks_per_node", "tokens_per_rank", "context")}
+        least = dict.fromkeys(("num_nodes", "ranks_per_node", "tokens_per_rank", "context"), 1)
         for axis, values in asdict(self).items():
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{axis} needs values that differ, got {list(values)}")
