@@ -33,6 +33,7 @@ from comms.routes import Indices, Pairs
 
 _EXACT_IN_FP32 = 2**24  # integers up to here, and their sums; fp64 has them all, at half the speed
 _HEADER = struct.Struct("<ii")  # bytes of a body element, escapes
+_ESCAPE_BYTES = 6  # an int32 index and an int16 value
 
 
 def steps_per_range(dtype: torch.dtype) -> float:
@@ -99,7 +100,7 @@ def pack_sums(total_VC: Tensor, dtype: torch.dtype) -> Tensor:
     indices, values = _escapes(total_VC, body)
     end = _HEADER.size + num_rows * (columns - 1) * body.itemsize
     escapes = aligned(end, 4)
-    message = np.empty(escapes + 6 * len(indices), np.uint8)
+    message = np.empty(sums_bytes(num_rows, columns - 1, dtype, len(indices)), np.uint8)
     _HEADER.pack_into(message.data, 0, body.itemsize, len(indices))
     body_VH = message[_HEADER.size : end].view(body).reshape(num_rows, columns - 1)
     body_VH[...] = total_VC.numpy()[:, :-1]  # the low part of what does not fit
@@ -109,23 +110,35 @@ def pack_sums(total_VC: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(message)
 
 
+def sums_bytes(num_rows: int, hidden: int, dtype: torch.dtype, num_escapes: int = 0) -> int:
+    """Length of the message of so many rows, at least one."""
+    itemsize = 4 if dtype == torch.float32 else 2
+    return aligned(_HEADER.size + num_rows * hidden * itemsize, 4) + _ESCAPE_BYTES * num_escapes
+
+
+def num_escapes(message: Tensor) -> int:
+    """How many of its elements the body of a message could not say."""
+    _, escapes = _HEADER.unpack_from(message.numpy().data)
+    return int(escapes)
+
+
 def unpack_sums(message: Tensor, num_rows: int, hidden: int) -> Tensor:
     """total_VC, int32. Raises ValueError for a message of another size."""
     data = message.numpy()
-    itemsize, num_escapes = _HEADER.unpack_from(data.data)
+    itemsize, count = _HEADER.unpack_from(data.data)
     end = _HEADER.size + num_rows * hidden * itemsize
     escapes = aligned(end, 4)
-    if len(data) != escapes + 6 * num_escapes:
+    if len(data) != escapes + _ESCAPE_BYTES * count:
         raise ValueError(
-            f"expected {escapes + 6 * num_escapes} bytes of {num_rows} rows of {hidden} channels "
-            f"({itemsize} bytes each, {num_escapes} escapes), got {len(data)}"
+            f"expected {escapes + _ESCAPE_BYTES * count} bytes of {num_rows} rows of {hidden} "
+            f"channels ({itemsize} bytes each, {count} escapes), got {len(data)}"
         )
     total_VC = np.empty((num_rows, hidden + 1), np.int32)
     body = np.int32 if itemsize == 4 else np.int16
     total_VC[:, :-1] = data[_HEADER.size : end].view(body).reshape(num_rows, hidden)
     total_VC[:, -1] = 0
-    if num_escapes:
-        middle = escapes + 4 * num_escapes
+    if count:
+        middle = escapes + 4 * count
         indices = data[escapes:middle].view(np.int32)
         values = data[middle:].view(np.int16).astype(np.int32)
         values[indices % (hidden + 1) < hidden] <<= 16
