@@ -1,0 +1,148 @@
+"""What a machine achieves, as data: a JSON file with its provenance, read once and checked.
+
+    version            1
+    name, provenance   {"hardware", "software", "date", "source", "notes"}
+    memory_bytes       of one rank
+    memory_bandwidth   bytes/s that large reads achieve
+    peak_flops         {dtype: FLOP/s that a large product achieves}
+    gemm               {dtype: {"overhead_s", "tile"}}: of one launch; rows are rounded up to tiles
+    attention          optional {"decode_flops", "prefill_flops", "overhead_s"} of attention's core
+    tables             optional measurements, {name: {"axes", "unit": "s", "values", ...}}, see below
+    links              {"node", "network"}: {"alpha_s", "beta"} of one rank, each way
+    dispatch, combine  optional {"node", "network"}: links as these two see them
+    overheads          {"step_s", "layer_s"}: what belongs to no operation
+    overlap            {"sm_share", "supports_two_batch"}: computing units that messages hold;
+                       optional "pipelined_stages" (true): stages of an exchange run at once
+    range              {"tokens", "context", "ranks": [low, high]}: where the above was measured
+
+Tables, all in seconds: `gemm/<dtype>/<n>x<k>` by tokens; `grouped_gemm/<dtype>/<hidden>x<intermediate>`,
+gate, up and down of all local experts, by experts and tokens_per_expert;
+`mla_decode/<kv dtype>/<heads>x<latent + rotary>` by sequences and context;
+`attention_prefill/<heads>x<query + value channels>` by tokens, one causal prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simulations.hardware.calibration_json import CalibrationError, read_values
+from simulations.hardware.tables import Table
+from simulations.network import Link
+
+_DATA = Path(__file__).parent / "data"
+
+
+def names() -> tuple[str, ...]:
+    """The calibrations that come with us."""
+    return tuple(sorted(file.stem for file in _DATA.glob("*.json")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """A matrix product: seconds before it starts, and the rows that it computes at a time."""
+
+    overhead_s: float
+    tile: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """`hash` names the content: 12 hex digits of the SHA-256 of the canonical JSON."""
+
+    name: str
+    hash: str
+    provenance: Mapping[str, Any]
+    memory_bytes: float
+    memory_bandwidth: float
+    peak_flops: Mapping[str, float]
+    gemm: Mapping[str, Launch]
+    decode_flops: float
+    prefill_flops: float
+    attention_overhead_s: float
+    tables: Mapping[str, Table]
+    links: Mapping[str, Link]
+    dispatch: Mapping[str, Link]
+    combine: Mapping[str, Link]
+    step_s: float
+    layer_s: float
+    sm_share: float
+    supports_two_batch: bool
+    pipelined_stages: bool = True
+    range: Mapping[str, tuple[float, float]]
+
+    @staticmethod
+    def from_file(path: str | Path) -> Calibration:
+        """Raises CalibrationError naming the file and the key."""
+        file = Path(path)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise CalibrationError(f"{file}: no such file") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise CalibrationError(f"{file}: not readable: {error}") from error
+        return Calibration.from_json(text, str(file))
+
+    @staticmethod
+    def named(name: str) -> Calibration:
+        """One of `names()`."""
+        if name not in names():
+            raise CalibrationError(
+                f"unknown calibration {name!r}: choose from {', '.join(names())}, or give a file"
+            )
+        return Calibration.from_file(_DATA / f"{name}.json")
+
+    @staticmethod
+    def load(name_or_path: str) -> Calibration:
+        """What a command's `--calibration` means: a name, or a file."""
+        is_file = name_or_path.endswith(".json") or Path(name_or_path).is_file()
+        return Calibration.from_file(name_or_path) if is_file else Calibration.named(name_or_path)
+
+    @staticmethod
+    def from_json(text: str, source: str) -> Calibration:
+        values = read_values(text, source)
+        canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+        links = _links(values["links"])
+        attention, bfloat16 = values["attention"], values["peak_flops"]["bfloat16"]
+        return Calibration(
+            name=values["name"],
+            hash=hashlib.sha256(canonical.encode()).hexdigest()[:12],
+            provenance=values["provenance"],
+            memory_bytes=values["memory_bytes"],
+            memory_bandwidth=values["memory_bandwidth"],
+            peak_flops=values["peak_flops"],
+            gemm={dtype: Launch(**launch) for dtype, launch in values["gemm"].items()},
+            decode_flops=attention.get("decode_flops", bfloat16),
+            prefill_flops=attention.get("prefill_flops", bfloat16),
+            attention_overhead_s=attention.get(
+                "overhead_s", values["gemm"]["bfloat16"]["overhead_s"]
+            ),
+            tables={name: Table.from_json(table) for name, table in values["tables"].items()},
+            links=links,
+            dispatch={**links, **_links(values["dispatch"])},
+            combine={**links, **_links(values["combine"])},
+            **values["overheads"],
+            **values["overlap"],
+            range={key: (low, high) for key, (low, high) in values["range"].items()},
+        )
+
+    def outside(self, what: str, low: float, high: float) -> str | None:
+        """A warning if what goes from `low` to `high` was not measured throughout."""
+        if what not in self.range:
+            return None
+        first, last = self.range[what]
+        if first <= low and high <= last:
+            return None
+        asked = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        return (
+            f"extrapolated: {what} {asked}, while calibration {self.name} is of "
+            f"{first:g} to {last:g}"
+        )
+
+
+def _links(values: Mapping[str, Mapping[str, float]]) -> dict[str, Link]:
+    return {where: Link(**link) for where, link in values.items()}
