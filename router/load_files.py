@@ -1,7 +1,7 @@
 """Files that tell how experts were loaded, as load windows.
 
     .npz   a window of ours (`dump_window`), or recorded routing: arrays of expert ids
-           [tokens, layers, k], one or several
+           [tokens, layers, k], one or several, or the array 'routing' of a recorded run
     .pt    SGLang's expert distribution dumps (`load_dumps.py` says which)
     .json  SGLang's `logical_count`, or vLLM's `load_history`
 
@@ -23,6 +23,8 @@ from router.load import LoadFileError, LoadWindow
 from router.load_dumps import MAX_EXPERTS, json_counts, torch_counts
 
 FORMAT = "expertmesh load window 1"
+RECORDING = "expertmesh recording 1"
+"""Of a recorded run, whose array 'routing' is recorded routing."""
 SAMPLED_PER_BATCH = 64
 
 
@@ -35,7 +37,7 @@ def dump_window(window: LoadWindow) -> bytes:
 
 def load_window(data: bytes, name: str = "load window") -> LoadWindow:
     """The window that `dump_window` wrote; LoadFileError names it by `name`."""
-    arrays = _npz(data, name)
+    arrays = npz_arrays(data, name)
     if "format" not in arrays:
         raise LoadFileError(f"{name}: no array 'format', expected '{FORMAT}'")
     return _window_of(arrays, name)
@@ -55,7 +57,7 @@ def read_window(
         raise LoadFileError(f"{path}: {error.strerror or error}") from error
     name = str(path)
     if path.suffix == ".npz":
-        arrays = _npz(data, name)
+        arrays = _without_run(npz_arrays(data, name))
         if "format" in arrays:
             return _window_of(arrays, name)
         return _routing_window(arrays, name, batch_tokens, num_experts)
@@ -69,7 +71,7 @@ def read_window(
 def read_routing(path: Path) -> dict[str, NDArray[np.integer[Any]]]:
     """Every array of a recorded routing file, [tokens, layers, k] of expert ids each."""
     try:
-        arrays = _npz(path.read_bytes(), str(path))
+        arrays = _without_run(npz_arrays(path.read_bytes(), str(path)))
     except OSError as error:
         raise LoadFileError(f"{path}: {error.strerror or error}") from error
     _check_routing(arrays, str(path))
@@ -84,12 +86,20 @@ def expert_counts(ids_TLK: NDArray[np.integer[Any]], num_experts: int) -> NDArra
     return np.bincount(chosen, minlength=layers * num_experts).reshape(layers, num_experts)
 
 
-def _npz(data: bytes, name: str) -> dict[str, NDArray[Any]]:
+def npz_arrays(data: bytes, name: str) -> dict[str, NDArray[Any]]:
+    """Every array of a .npz file; LoadFileError for anything else, naming it by `name`."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except Exception as error:  # a parser of foreign bytes may raise anything
         raise LoadFileError(f"{name}: not a .npz file of plain arrays ({error})") from error
+
+
+def _without_run(arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Of a recorded run only its routing."""
+    if "routing" in arrays and str(arrays.get("format")) == RECORDING:
+        return {"routing": arrays["routing"]}
+    return arrays
 
 
 def _window_of(arrays: Mapping[str, NDArray[Any]], name: str) -> LoadWindow:
