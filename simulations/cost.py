@@ -86,8 +86,7 @@ class CostModel:
         self._experts = ExpertTimes(deployment, calibration, self._warn, 2 if two_batch else 1)
         self._exchanges = ExchangeTimes(deployment, calibration)
         self._uniform = Sends.uniform(deployment.model, deployment.topology)
-        ranks = deployment.num_ranks
-        self._check("ranks", ranks, ranks)
+        self._check("ranks", np.array(deployment.num_ranks))
 
     def experts_seconds(self, slot_tokens_BLS: Array) -> Array:
         """Of each rank's routed experts, float32 [B, L, R]."""
@@ -112,12 +111,13 @@ class CostModel:
         Raises ValueError for pairs of another number of layers or slots than the deployment's.
         """
         self._check_slots(slot_tokens_BLS)
-        self._check("tokens", work.tokens_BD.min(), work.tokens_BD.max())
+        self._check("tokens", work.tokens_BD)
+        self._check("context", work.context_BD)
         experts_BLR = self._experts.by_rank(slot_tokens_BLS)
         layers = self._layers(work, slot_tokens_BLS, experts_BLR.max(axis=-1), sends)
         model = self.deployment.model
         num_dense = model.num_layers - model.num_moe_layers
-        dense_B = num_dense * self._slowest(self._attention(work) + self._ops.dense(work))[:, 0]
+        dense_B = num_dense * self._slowest(self._ops.attention(work) + self._ops.dense(work))[:, 0]
         head_B = self._slowest(self._ops.head(work))[:, 0]
         overhead = self.calibration.step_s + self.calibration.layer_s * model.num_layers
         total_B = layers.total.sum(axis=-1, dtype=np.float64) + (dense_B + head_B + overhead)
@@ -175,10 +175,6 @@ class CostModel:
             hidden_BL=exchanged - exposed,
         )
 
-    def _attention(self, work: StepWork) -> Array:
-        ops = self._ops
-        return np.asarray(ops.before_core(work) + ops.core(work) + ops.after_core(work))
-
     def _source_tokens(self, work: StepWork) -> Array:
         """Tokens that each rank brings to the exchange, [B or 1, R]."""
         topology = self.deployment.topology
@@ -199,8 +195,11 @@ class CostModel:
                 f"{list(slot_tokens_BLS.shape)}"
             )
 
-    def _check(self, what: str, low: float, high: float) -> None:
-        if warning := self.calibration.outside(what, float(low), float(high)):
+    def _check(self, what: str, sizes: Array) -> None:
+        sizes = sizes[sizes > 0]
+        if sizes.size and (
+            warning := self.calibration.outside(what, float(sizes.min()), float(sizes.max()))
+        ):
             self._warn(warning)
 
     def _warn(self, warning: str) -> None:
@@ -210,4 +209,4 @@ class CostModel:
 
 def _beyond(exchange: Array, computation: Array) -> Array:
     """What of an exchange is left when the computation beside it is done."""
-    return np.maximum(exchange - computation, 0)
+    return np.asarray(np.maximum(exchange - computation, 0))

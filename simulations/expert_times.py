@@ -24,6 +24,7 @@ from simulations.hardware.calibration import Calibration
 Array = NDArray[Any]
 Warn = Callable[[str], None]
 
+MOST_TOKENS = 1 << 24
 LAUNCHES = 3
 """Gate and up of all experts, activation, down of all experts."""
 
@@ -38,7 +39,10 @@ class ExpertTimes:
         self._deployment, self._calibration, self._warn = deployment, calibration, warn
         self._num_parts = num_parts
         shape = f"{model.hidden_size}x{model.expert_intermediate_size}"
-        self._table = calibration.tables.get(f"grouped_gemm/{deployment.weights}/{shape}")
+        self._name = f"grouped_gemm/{deployment.weights}/{shape}"
+        self._table = calibration.tables.get(self._name)
+        if self._table is not None and not self._table.covers(experts=deployment.slots_per_rank):
+            warn(f"extrapolated: experts of a rank beyond table {self._name}")
         self._seconds_N = self._curve(np.arange(1024))
 
     def by_rank(self, slot_tokens_BLS: Array) -> Array:
@@ -46,11 +50,19 @@ class ExpertTimes:
         index_BLS = slot_tokens_BLS
         if index_BLS.dtype.kind == "f":
             index_BLS = np.ceil(index_BLS).astype(np.int32)
-        most = int(index_BLS.max(initial=0))
-        if most >= len(self._seconds_N):
-            self._seconds_N = self._curve(np.arange(2 * most))
+        self._reach(int(index_BLS.max(initial=0)))
         seconds_BLS = self._seconds_N.take(index_BLS, mode="clip")
         return self._sum_over_rank(seconds_BLS) + np.float32(self._launches())
+
+    def _reach(self, tokens: int) -> None:
+        """Have the cost of so many tokens in the curve. Raises ValueError beyond MOST_TOKENS."""
+        if tokens > MOST_TOKENS:
+            raise ValueError(f"at most {MOST_TOKENS:,} tokens of one expert, got {tokens:,}")
+        if tokens >= len(self._seconds_N):
+            self._seconds_N = self._curve(np.arange(2 * tokens))
+        part = -(-tokens // self._num_parts)
+        if self._table is not None and part > self._table.axes["tokens_per_expert"][-1]:
+            self._warn(f"extrapolated: tokens beyond table {self._name}")
 
     def _sum_over_rank(self, x_BLS: Array) -> Array:
         slots = self._deployment.slots_per_rank

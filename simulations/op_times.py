@@ -3,7 +3,7 @@
     seconds = overhead + max(FLOP / peak, bytes / bandwidth)
 
 FLOP count rows rounded up to the tile of the product; bytes are the weights', once, and the
-activations'. All functions work on arrays of any shape.
+activations'. All functions work on arrays of any shape, and nothing to do takes no time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from simulations import arithmetic
 from simulations.arithmetic import Gemm
+from simulations.attention_times import AttentionTimes
 from simulations.deployment import BYTES, Deployment
 from simulations.hardware.calibration import Calibration
 from simulations.step_work import StepWork
@@ -44,6 +45,7 @@ class OpTimes:
         self._dense = arithmetic.dense_mlp(model, size) if model.dense_intermediate_size else ()
         self._shared = arithmetic.shared_expert(model)
         self._gate, self._head = arithmetic.gate(model), arithmetic.head(model, size)
+        self.core = AttentionTimes(deployment, calibration, warn).core
 
     def before_core(self, work: StepWork) -> Array:
         """Gathering the replica's rows, norm, and the projections to queries and keys."""
@@ -51,31 +53,18 @@ class OpTimes:
         seconds = self._norm(rows) + self._gather(rows)
         return np.asarray(seconds + self._all(self._attention.before, rows))
 
-    def core(self, work: StepWork) -> Array:
-        """Scores, softmax and weighted sum over keys."""
-        attention, calibration = self._attention, self._calibration
-        kv_bytes = attention.values_per_key * BYTES[self._deployment.kv_dtype]
-        decode_pairs = (
-            np.minimum(work.pairs_BD, work.kv_tokens_BD) if work.has_prompts else work.pairs_BD
-        )
-        seconds = np.maximum(
-            decode_pairs * (attention.flop_per_pair_decode / calibration.decode_flops),
-            work.kv_tokens_BD * (kv_bytes / calibration.memory_bandwidth),
-        )
-        if work.has_prompts:
-            flop = (work.pairs_BD - decode_pairs) * attention.flop_per_pair_prefill
-            seconds = seconds + flop / calibration.prefill_flops
-        return np.asarray(seconds + calibration.attention_overhead_s * (work.pairs_BD > 0))
-
     def after_core(self, work: StepWork) -> Array:
         """The projections of the output, and its sum over the replica's ranks."""
         rows = work.tokens_BD
-        return self._all(self._attention.after, rows) + self._gather(rows)
+        return np.asarray(self._all(self._attention.after, rows) + self._gather(rows))
+
+    def attention(self, work: StepWork) -> Array:
+        return np.asarray(self.before_core(work) + self.core(work) + self.after_core(work))
 
     def gate(self, work: StepWork) -> Array:
         """On a rank's own rows, with the norm before it."""
         rows = work.tokens_BD / self._tp_size
-        return self._norm(rows) + self.gemm(self._gate, rows, "bfloat16")
+        return np.asarray(self._norm(rows) + self.gemm(self._gate, rows, "bfloat16"))
 
     def shared(self, work: StepWork) -> Array:
         return self._all(self._shared, work.tokens_BD / self._tp_size)
@@ -83,27 +72,29 @@ class OpTimes:
     def dense(self, work: StepWork) -> Array:
         """The MLP of a layer without experts."""
         rows = work.tokens_BD
-        return self._norm(rows) + 2 * self._gather(rows) + self._all(self._dense, rows)
+        seconds = self._norm(rows) + 2 * self._gather(rows)
+        return np.asarray(seconds + self._all(self._dense, rows))
 
     def head(self, work: StepWork) -> Array:
+        """Logits, and their way to the replica's first rank."""
         rows = work.logits_BD
-        vocabulary = self._head.n * (self._tp_size - 1) * 2
-        link = self._calibration.links["node"]
-        return self.gemm(self._head, rows, "bfloat16") + link.seconds(rows * vocabulary)
+        elsewhere = rows * (self._head.n * (self._tp_size - 1) * BYTES["bfloat16"])
+        seconds = self._calibration.links["node"].seconds(elsewhere)
+        return np.asarray(seconds + self.gemm(self._head, rows, "bfloat16"))
 
     def gemm(self, gemm: Gemm, rows: Array, dtype: str) -> Array:
-        """One product; no rows take no time."""
+        """One product, or as many as it counts."""
         calibration = self._calibration
-        table = calibration.tables.get(f"gemm/{dtype}/{gemm.n}x{gemm.k}")
-        if table is not None and gemm.count == 1:
-            if rows.size and not table.covers(tokens=np.maximum(rows, 1)):
-                self._warn(
-                    f"extrapolated: product {gemm.n}x{gemm.k} in {dtype}, {rows.max():g} tokens"
-                )
-            return np.asarray(table.at(tokens=np.maximum(rows, 1)) * (rows > 0))
+        shape = f"{gemm.n}x{gemm.k}"
+        name = f"gemm/{dtype}/{shape}" if gemm.count == 1 else f"bmm/{dtype}/{gemm.count}/{shape}"
+        if table := calibration.tables.get(name):
+            least_one = np.maximum(rows, 1)
+            if not table.covers(tokens=least_one):
+                self._warn(f"extrapolated: tokens beyond table {name}")
+            return np.asarray(table.at(tokens=least_one) * (rows > 0))
         launch = calibration.gemm[dtype]
         tiles = np.ceil(rows / launch.tile) * launch.tile
-        num_bytes = gemm.params * BYTES[dtype] + rows * (gemm.values_per_row * 2)
+        num_bytes = gemm.params * BYTES[dtype] + rows * (gemm.values_per_row * BYTES["bfloat16"])
         seconds = np.maximum(
             tiles * (gemm.flop_per_row / calibration.peak_flops[dtype]),
             num_bytes / calibration.memory_bandwidth,
@@ -111,15 +102,19 @@ class OpTimes:
         return np.asarray((seconds + launch.overhead_s) * (rows > 0))
 
     def _all(self, gemms: Iterable[Gemm], rows: Array) -> Array:
-        dtype = self._deployment.weights
-        return sum((self.gemm(gemm, rows, dtype) for gemm in gemms), np.zeros_like(rows))
+        """Products of each head are in bfloat16, as in DeepSeek's own kernels."""
+        total = np.zeros_like(rows)
+        for gemm in gemms:
+            dtype = self._deployment.weights if gemm.count == 1 else "bfloat16"
+            total = total + self.gemm(gemm, rows, dtype)
+        return total
 
     def _norm(self, rows: Array) -> Array:
         per_row = self._deployment.model.hidden_size * NORM_BYTES
-        return rows * (per_row / self._calibration.memory_bandwidth)
+        return np.asarray(rows * (per_row / self._calibration.memory_bandwidth))
 
     def _gather(self, rows: Array) -> Array:
         """An all-gather or a reduce-scatter of the replica's rows over its ranks, in bfloat16."""
         share = (self._tp_size - 1) / self._tp_size
-        num_bytes = rows * (share * self._deployment.model.hidden_size * 2)
-        return self._calibration.links["node"].seconds(num_bytes)
+        per_row = share * self._deployment.model.hidden_size * BYTES["bfloat16"]
+        return self._calibration.links["node"].seconds(rows * per_row)

@@ -71,6 +71,11 @@ class StepWork:
             has_prompts=True,
         )
 
+    @property
+    def context_BD(self) -> Array:
+        """Keys of a query, on average; 0 where there is none."""
+        return np.asarray(self.pairs_BD / np.maximum(self.tokens_BD, 1e-30) * (self.tokens_BD > 0))
+
     def half(self) -> StepWork:
         """One of two equal micro-batches."""
         return StepWork(

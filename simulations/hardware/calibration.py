@@ -14,11 +14,15 @@
     overlap            {"sm_share", "supports_two_batch"}: computing units that messages hold;
                        optional "pipelined_stages" (true): stages of an exchange run at once
     range              {"tokens", "context", "ranks": [low, high]}: where the above was measured
+    fidelity, measured optional, for readers
 
-Tables, all in seconds: `gemm/<dtype>/<n>x<k>` by tokens; `grouped_gemm/<dtype>/<hidden>x<intermediate>`,
-gate, up and down of all local experts, by experts and tokens_per_expert;
-`mla_decode/<kv dtype>/<heads>x<latent + rotary>` by sequences and context;
-`attention_prefill/<heads>x<query + value channels>` by tokens, one causal prompt.
+The tables that the cost model looks for, all in seconds; others may be there for readers:
+
+    gemm/<dtype>/<n>x<k>                              by tokens
+    bmm/bfloat16/<heads>/<n>x<k>                      by tokens; a product of each head
+    grouped_gemm/<dtype>/<hidden>x<intermediate>      by experts, tokens_per_expert: gate, up, down
+    mla_decode/<dtype>/<heads>x<latent + rotary>      by sequences, context; also ".../2_queries"
+    attention_prefill/<heads>x<query + value>         by tokens of one causal prompt
 """
 
 from __future__ import annotations
@@ -37,9 +41,8 @@ from simulations.network import Link
 _DATA = Path(__file__).parent / "data"
 
 
-def names() -> tuple[str, ...]:
-    """The calibrations that come with us."""
-    return tuple(sorted(file.stem for file in _DATA.glob("*.json")))
+NAMES: tuple[str, ...] = tuple(sorted(file.stem for file in _DATA.glob("*.json")))
+"""The calibrations that come with us."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +92,10 @@ class Calibration:
 
     @staticmethod
     def named(name: str) -> Calibration:
-        """One of `names()`."""
-        if name not in names():
+        """One of `NAMES`."""
+        if name not in NAMES:
             raise CalibrationError(
-                f"unknown calibration {name!r}: choose from {', '.join(names())}, or give a file"
+                f"unknown calibration {name!r}: choose from {', '.join(NAMES)}, or give a file"
             )
         return Calibration.from_file(_DATA / f"{name}.json")
 
@@ -132,16 +135,10 @@ class Calibration:
 
     def outside(self, what: str, low: float, high: float) -> str | None:
         """A warning if what goes from `low` to `high` was not measured throughout."""
-        if what not in self.range:
-            return None
         first, last = self.range[what]
         if first <= low and high <= last:
             return None
-        asked = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        return (
-            f"extrapolated: {what} {asked}, while calibration {self.name} is of "
-            f"{first:g} to {last:g}"
-        )
+        return f"extrapolated: {what} beyond {first:g} to {last:g} of calibration {self.name}"
 
 
 def _links(values: Mapping[str, Mapping[str, float]]) -> dict[str, Link]:

@@ -158,6 +158,7 @@ _OPTIONAL: dict[str, Check] = {
     "dispatch": _object({}, _LINKS),
     "combine": _object({}, _LINKS),
     "fidelity": _any,
+    "measured": _any,
 }
 _DOCUMENT = _object(
     {
