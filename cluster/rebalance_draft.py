@@ -6,13 +6,14 @@ Pure, so that it can run in a thread beside the event loop and be shown without 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from router.load import ExpertLoad
 from router.placement import IntArray, Placement, settle
 from router.planner import PlanOptions, plan
+from router.policy import Policy
 from router.split import resplit_optima
 
 
@@ -84,6 +85,22 @@ def draft(
     changed = [i for i in layers if (rows[i] != current.physical_to_logical[i]).any()]
     changed.sort(key=lambda layer: -before_L[layer])
     return Draft(rows=tuple((layer, rows[layer]) for layer in changed), effects=effects)
+
+
+def worthwhile(drafted: Draft, policy: Policy, current: Placement) -> Draft:
+    """The draft without the layers whose moves cost more than they bring."""
+    pays = {
+        effect.layer
+        for effect in drafted.effects
+        if policy.pays(
+            effect.imbalance_before,
+            effect.imbalance_after,
+            effect.moves,
+            current.num_layers,
+            current.num_ranks,
+        )
+    }
+    return replace(drafted, rows=tuple(row for row in drafted.rows if row[0] in pays))
 
 
 def _row(planned: Placement, current: Placement, layer: int) -> IntArray:

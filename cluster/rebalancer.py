@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import EplbConfig
@@ -19,7 +19,7 @@ from cluster.draft_aside import Drafting, draft_aside
 from cluster.load_watch import LoadWatch
 from cluster.mover import Counters, Mover
 from cluster.ranks import Rank, RanksError
-from cluster.rebalance_draft import Draft
+from cluster.rebalance_draft import Draft, worthwhile
 from cluster.rollout import Leaders, Rollout
 from cluster.server.errors import Code, RequestError
 from router.load import ExpertLoad, LoadWindow
@@ -222,9 +222,9 @@ class Rebalancer:
                 if self.running:
                     return
                 drafted = await self._plan(load, target=self._config.target, only=decision.layers)
-                worthwhile = self._worthwhile(drafted)
-                if worthwhile.rows:
-                    self._mover.begin(worthwhile, decision.reason)
+                drafted = worthwhile(drafted, self._policy, self.placement)
+                if drafted.rows:
+                    self._mover.begin(drafted, decision.reason)
                 else:
                     self._verdict = f"no plan pays for its moves: {decision.reason}"
         except Exception as error:
@@ -236,18 +236,6 @@ class Rebalancer:
         failures = min(self.counters.failures, 20)
         pause_s = min(MAX_PAUSE_S, self._config.interval_s * 2**failures) if failures else 0.0
         return max(0.0, self.counters.failed_at + pause_s - time.monotonic())
-
-    def _worthwhile(self, drafted: Draft) -> Draft:
-        """Without the layers whose moves cost more than they bring."""
-        num_layers, num_ranks = self.placement.num_layers, self.placement.num_ranks
-        pays = {
-            effect.layer
-            for effect in drafted.effects
-            if self._policy.pays(
-                effect.imbalance_before, effect.imbalance_after, effect.moves, num_layers, num_ranks
-            )
-        }
-        return replace(drafted, rows=tuple(row for row in drafted.rows if row[0] in pays))
 
     def _on_watch_ended(self, task: asyncio.Task[None]) -> None:
         if self._watching is not task:
