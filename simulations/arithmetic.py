@@ -44,14 +44,17 @@ class AttentionWork:
     """One layer's attention on one rank.
 
     before, after: projections before the core and after it. In MLA's absorbed form (decode) the
-        maps from the latent to keys and values work on the query and the output; in the plain form
-        (prompts) they expand the latent of every new token, which costs the same.
+        maps from the latent to keys and values work on the query and the output.
+    before_prefill, after_prefill: in the plain form (prompts) one product expands the latent of
+        every new token, which is as many FLOP.
     flop_per_pair: of one (query, key) pair in the core, all heads of the rank.
     values_per_key: elements of the cache that a key and its value are.
     """
 
     before: tuple[Gemm, ...]
     after: tuple[Gemm, ...]
+    before_prefill: tuple[Gemm, ...]
+    after_prefill: tuple[Gemm, ...]
     flop_per_pair_decode: int
     flop_per_pair_prefill: int
     values_per_key: int
@@ -148,12 +151,13 @@ def _mla(config: MlaConfig, hidden: int, size: int) -> AttentionWork:
     else:
         down = (Gemm(n=query + latent + rotary, k=hidden),)
     per_head = config.qk_nope_head_dim + rotary + config.v_head_dim
+    output = Gemm(n=hidden, k=heads * config.v_head_dim)
+    expanded = Gemm(n=heads * (config.qk_nope_head_dim + config.v_head_dim), k=latent)
     return AttentionWork(
         before=(*down, Gemm(n=latent, k=config.qk_nope_head_dim, count=heads)),
-        after=(
-            Gemm(n=config.v_head_dim, k=latent, count=heads),
-            Gemm(n=hidden, k=heads * config.v_head_dim),
-        ),
+        after=(Gemm(n=config.v_head_dim, k=latent, count=heads), output),
+        before_prefill=(*down, expanded),
+        after_prefill=(output,),
         flop_per_pair_decode=2 * heads * (2 * latent + rotary),
         flop_per_pair_prefill=2 * heads * per_head,
         values_per_key=latent + rotary,
@@ -163,9 +167,13 @@ def _mla(config: MlaConfig, hidden: int, size: int) -> AttentionWork:
 def _gqa(config: GqaConfig, hidden: int, size: int) -> AttentionWork:
     heads, kv_heads = config.num_heads // size, local_kv_heads(config.num_kv_heads, size)
     per_pair = 4 * heads * config.head_dim
+    before = (Gemm(n=(heads + 2 * kv_heads) * config.head_dim, k=hidden),)
+    after = (Gemm(n=hidden, k=heads * config.head_dim),)
     return AttentionWork(
-        before=(Gemm(n=(heads + 2 * kv_heads) * config.head_dim, k=hidden),),
-        after=(Gemm(n=hidden, k=heads * config.head_dim),),
+        before=before,
+        after=after,
+        before_prefill=before,
+        after_prefill=after,
         flop_per_pair_decode=per_pair,
         flop_per_pair_prefill=per_pair,
         values_per_key=2 * kv_heads * config.head_dim,

@@ -5,11 +5,12 @@ rank, and a layer is the sum of its parts. With two micro-batches (`overlap` "tw
 DeepSeek-V3's published profiles; A attention before and after its core's start, Sh shared expert, G
 gate, M routed experts, D dispatch, C combine, all of half the tokens) it is
 
-    decode    2 [ max(Sh + A0, D) + M + max(A1 + G, C) ]
+    decode    2 [ max(Sh + A0 + h, D) + M + max(A1 + G + h, C) ]
     prompts   max(A + Sh, C) + max(A, D) + max(M, D) + max(M + Sh, C)       A with the gate
 
-where computation is slowed by the computing units that the exchange's kernels hold ("low_latency"
-ones hold none).
+where computation is slowed by the computing units that the exchange's kernels hold, and these by
+sharing the machine. "low_latency" kernels hold all units, but only for the seconds h in which they
+send and receive, and none while messages fly.
 
 B steps, D replicas of the attention, L expert layers, S slots of all ranks, R ranks.
 """
@@ -147,8 +148,13 @@ class CostModel:
         )
         experts = experts_BL / np.float32(parts)
         slower = 1.0
-        if two_batch and self.deployment.dispatcher != "low_latency":
+        held = 0.0
+        if two_batch and self.deployment.dispatcher == "low_latency":
+            held = self.calibration.held_s
+        elif two_batch:
             slower = 1.0 / (1.0 - self.calibration.sm_share)
+            dispatch = dispatch * self.calibration.exchange_slowdown
+            combine = combine * self.calibration.exchange_slowdown
         before, rest, gate = before * slower, rest * slower, gate * slower
         shared, experts = shared * slower, experts * np.float32(slower)
         if not two_batch:
@@ -158,7 +164,8 @@ class CostModel:
             exposed = _beyond(combine, attention + shared) + _beyond(dispatch, attention)
             exposed = exposed + _beyond(dispatch, experts) + _beyond(combine, experts + shared)
         else:
-            exposed = 2 * (_beyond(dispatch, shared + before) + _beyond(combine, rest + gate))
+            exposed = _beyond(dispatch, shared + before, held)
+            exposed = 2 * (exposed + _beyond(combine, rest + gate, held))
 
         def whole(part_seconds: Array) -> Array:
             return np.broadcast_to(part_seconds * parts, experts_BL.shape)
@@ -207,6 +214,7 @@ class CostModel:
             self.warnings.append(warning)
 
 
-def _beyond(exchange: Array, computation: Array) -> Array:
-    """What of an exchange is left when the computation beside it is done."""
-    return np.asarray(np.maximum(exchange - computation, 0))
+def _beyond(exchange: Array, computation: Array, held: float = 0.0) -> Array:
+    """What an exchange adds to the computation beside it: `held` seconds, in which it computes
+    itself, or what is left of it when the computation is done."""
+    return np.asarray(np.minimum(np.maximum(exchange - computation, held), exchange))

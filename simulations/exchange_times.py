@@ -46,9 +46,12 @@ class ExchangeTimes:
         else:
             rows = self._straight(rank_tokens_BLR, sends, source_tokens_BR)
         deployment, calibration = self._deployment, self._calibration
+        dispatch, combine = calibration.dispatch, calibration.combine
+        if deployment.dispatcher == "low_latency":
+            dispatch, combine = calibration.low_latency_dispatch, calibration.low_latency_combine
         return (
-            self._seconds(rows, deployment.dispatch_row_bytes, calibration.dispatch),
-            self._seconds(rows, deployment.combine_row_bytes, calibration.combine),
+            self._seconds(rows, deployment.dispatch_row_bytes, dispatch),
+            self._seconds(rows, deployment.combine_row_bytes, combine),
         )
 
     def _seconds(
@@ -90,6 +93,11 @@ class ExchangeTimes:
         received_BL = rank_tokens_BLR.max(axis=-1) * (per_token / self._top_k)
         sent_BL = source_tokens_BR.max(axis=-1)[:, None] * per_token
         busiest_BL = np.maximum(sent_BL, received_BL)
+        if (
+            self._deployment.dispatcher == "low_latency"
+            and self._calibration.low_latency_network_only
+        ):
+            in_node = 1  # what stays in the node goes through the adapter too
         return {
             "network": busiest_BL * ((ranks - in_node) / ranks),
             "node": busiest_BL * ((in_node - 1) / ranks),

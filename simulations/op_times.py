@@ -50,13 +50,18 @@ class OpTimes:
     def before_core(self, work: StepWork) -> Array:
         """Gathering the replica's rows, norm, and the projections to queries and keys."""
         rows = work.tokens_BD
-        seconds = self._norm(rows) + self._gather(rows)
-        return np.asarray(seconds + self._all(self._attention.before, rows))
+        attention = self._attention
+        gemms = attention.before_prefill if work.has_prompts else attention.before
+        name = f"elementwise/attention/{self._deployment.model.hidden_size}"
+        seconds = self._measured(name, rows, self._norm) + self._gather(rows)
+        return np.asarray(seconds + self._all(gemms, rows))
 
     def after_core(self, work: StepWork) -> Array:
         """The projections of the output, and its sum over the replica's ranks."""
         rows = work.tokens_BD
-        return np.asarray(self._all(self._attention.after, rows) + self._gather(rows))
+        attention = self._attention
+        gemms = attention.after_prefill if work.has_prompts else attention.after
+        return np.asarray(self._all(gemms, rows) + self._gather(rows))
 
     def attention(self, work: StepWork) -> Array:
         return np.asarray(self.before_core(work) + self.core(work) + self.after_core(work))
@@ -64,7 +69,10 @@ class OpTimes:
     def gate(self, work: StepWork) -> Array:
         """On a rank's own rows, with the norm before it."""
         rows = work.tokens_BD / self._tp_size
-        return np.asarray(self._norm(rows) + self.gemm(self._gate, rows, "bfloat16"))
+        name = f"gate/{self._gate.n}x{self._gate.k}"
+        return self._measured(
+            name, rows, lambda rows: self._norm(rows) + self.gemm(self._gate, rows, "bfloat16")
+        )
 
     def shared(self, work: StepWork) -> Array:
         return self._all(self._shared, work.tokens_BD / self._tp_size)
@@ -84,14 +92,22 @@ class OpTimes:
 
     def gemm(self, gemm: Gemm, rows: Array, dtype: str) -> Array:
         """One product, or as many as it counts."""
-        calibration = self._calibration
         shape = f"{gemm.n}x{gemm.k}"
         name = f"gemm/{dtype}/{shape}" if gemm.count == 1 else f"bmm/{dtype}/{gemm.count}/{shape}"
-        if table := calibration.tables.get(name):
-            least_one = np.maximum(rows, 1)
-            if not table.covers(tokens=least_one):
-                self._warn(f"extrapolated: tokens beyond table {name}")
-            return np.asarray(table.at(tokens=least_one) * (rows > 0))
+        return self._measured(name, rows, lambda rows: self._roofline(gemm, rows, dtype))
+
+    def _measured(self, name: str, rows: Array, otherwise: Callable[[Array], Array]) -> Array:
+        """By a table of tokens, if there is one of that name."""
+        table = self._calibration.tables.get(name)
+        if table is None:
+            return np.asarray(otherwise(rows))
+        least_one = np.maximum(rows, 1)
+        if not table.covers(tokens=least_one):
+            self._warn(f"extrapolated: tokens beyond table {name}")
+        return np.asarray(table.at(tokens=least_one) * (rows > 0))
+
+    def _roofline(self, gemm: Gemm, rows: Array, dtype: str) -> Array:
+        calibration = self._calibration
         launch = calibration.gemm[dtype]
         tiles = np.ceil(rows / launch.tile) * launch.tile
         num_bytes = gemm.params * BYTES[dtype] + rows * (gemm.values_per_row * BYTES["bfloat16"])

@@ -10,9 +10,13 @@
     tables             optional measurements, {name: {"axes", "unit": "s", "values", ...}}, see below
     links              {"node", "network"}: {"alpha_s", "beta"} of one rank, each way
     dispatch, combine  optional {"node", "network"}: links as these two see them
+    low_latency        optional {"dispatch", "combine", "network_only"}: links as the low-latency
+                       kernels see them; network_only: inside a node too they use the network
     overheads          {"step_s", "layer_s"}: what belongs to no operation
     overlap            {"sm_share", "supports_two_batch"}: computing units that messages hold;
-                       optional "pipelined_stages" (true): stages of an exchange run at once
+                       optional "pipelined_stages" (true): stages of an exchange run at once,
+                       "exchange_slowdown" (1): of an exchange that shares those units,
+                       "held_s" (0): of a low-latency exchange, in which it holds all units
     range              {"tokens", "context", "ranks": [low, high]}: where the above was measured
     fidelity, measured optional, for readers
 
@@ -23,6 +27,8 @@ The tables that the cost model looks for, all in seconds; others may be there fo
     grouped_gemm/<dtype>/<hidden>x<intermediate>      by experts, tokens_per_expert: gate, up, down
     mla_decode/<dtype>/<heads>x<latent + rotary>      by sequences, context; also ".../2_queries"
     attention_prefill/<heads>x<query + value>         by tokens of one causal prompt
+    elementwise/attention/<hidden>                    by tokens; all but products and the core
+    gate/<experts>x<hidden>                           by tokens; norm, product and choice
 """
 
 from __future__ import annotations
@@ -71,11 +77,16 @@ class Calibration:
     links: Mapping[str, Link]
     dispatch: Mapping[str, Link]
     combine: Mapping[str, Link]
+    low_latency_dispatch: Mapping[str, Link]
+    low_latency_combine: Mapping[str, Link]
+    low_latency_network_only: bool
     step_s: float
     layer_s: float
     sm_share: float
     supports_two_batch: bool
     pipelined_stages: bool = True
+    exchange_slowdown: float = 1.0
+    held_s: float = 0.0
     range: Mapping[str, tuple[float, float]]
 
     @staticmethod
@@ -110,6 +121,8 @@ class Calibration:
         values = read_values(text, source)
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
         links = _links(values["links"])
+        dispatch, combine = ({**links, **_links(values[way])} for way in ("dispatch", "combine"))
+        low_latency = values["low_latency"]
         attention, bfloat16 = values["attention"], values["peak_flops"]["bfloat16"]
         return Calibration(
             name=values["name"],
@@ -126,8 +139,11 @@ class Calibration:
             ),
             tables={name: Table.from_json(table) for name, table in values["tables"].items()},
             links=links,
-            dispatch={**links, **_links(values["dispatch"])},
-            combine={**links, **_links(values["combine"])},
+            dispatch=dispatch,
+            combine=combine,
+            low_latency_dispatch={**dispatch, **_links(low_latency.get("dispatch", {}))},
+            low_latency_combine={**combine, **_links(low_latency.get("combine", {}))},
+            low_latency_network_only=low_latency.get("network_only", False),
             **values["overheads"],
             **values["overlap"],
             range={key: (low, high) for key, (low, high) in values["range"].items()},

@@ -157,6 +157,9 @@ _OPTIONAL: dict[str, Check] = {
     "tables": _each(_table),
     "dispatch": _object({}, _LINKS),
     "combine": _object({}, _LINKS),
+    "low_latency": _object(
+        {}, {"dispatch": _object({}, _LINKS), "combine": _object({}, _LINKS), "network_only": _flag}
+    ),
     "fidelity": _any,
     "measured": _any,
 }
@@ -171,7 +174,14 @@ _DOCUMENT = _object(
         "gemm": _by_dtype(_object({"overhead_s": _SECONDS, "tile": _tile})),
         "links": _object(_LINKS),
         "overheads": _object({"step_s": _SECONDS, "layer_s": _SECONDS}),
-        "overlap": _object({"sm_share": _number(least=0, most=0.9), "supports_two_batch": _flag}),
+        "overlap": _object(
+            {"sm_share": _number(least=0, most=0.9), "supports_two_batch": _flag},
+            {
+                "pipelined_stages": _flag,
+                "exchange_slowdown": _number(least=1),
+                "held_s": _SECONDS,
+            },
+        ),
         "range": _object({"tokens": _pair, "context": _pair, "ranks": _pair}),
     },
     _OPTIONAL,
