@@ -354,6 +354,14 @@ def bench_rebalance(
     raise typer.Exit(rebalance_command(overrides or [], load, picture, json_file))
 
 
+@bench.command("simulator")
+def bench_simulator(json_file: JsonFile = None) -> None:
+    """Simulated steps a second: 64 ranks on one core, 9,936 ranks on two; and peak memory."""
+    from deploy.bench_simulator import simulator_command
+
+    raise typer.Exit(simulator_command(json_file))
+
+
 @testbed.command("up")
 def up_testbed(
     hosts: Annotated[int, typer.Option(help="How many hosts.")] = 2,

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from simulations.deployment import Deployment
 from simulations.exchange_times import ExchangeTimes
 from simulations.expert_times import ExpertTimes
+from simulations.group_sums import group_sums
 from simulations.hardware.calibration import Calibration
 from simulations.op_times import OpTimes
 from simulations.step_work import Sends, StepWork
@@ -141,8 +142,7 @@ class CostModel:
         before = self._slowest(ops.before_core(part))
         rest = self._slowest(ops.core(part) + ops.after_core(part))
         gate, shared = self._slowest(ops.gate(part)), self._slowest(ops.shared(part))
-        slots = slot_tokens_BLS.reshape(*slot_tokens_BLS.shape[:2], self.deployment.num_ranks, -1)
-        rank_tokens_BLR = slots.sum(axis=-1, dtype=np.float32)
+        rank_tokens_BLR = group_sums(slot_tokens_BLS, self.deployment.slots_per_rank)
         dispatch, combine = self.exchange_seconds(
             rank_tokens_BLR / parts, sends, self._source_tokens(part)
         )

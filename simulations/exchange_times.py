@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulations.deployment import Deployment
+from simulations.group_sums import group_sums
 from simulations.hardware.calibration import Calibration
 from simulations.network import Link
 from simulations.step_work import Sends
@@ -76,7 +77,7 @@ class ExchangeTimes:
         rail_BNG = source_tokens_BR.reshape(-1, nodes, in_node)
         # The busiest rail of what the other nodes bring to each node.
         others_BN = (rail_BNG.sum(axis=1, keepdims=True) - rail_BNG).max(axis=-1)
-        pairs_BLN = rank_tokens_BLR.reshape(*rank_tokens_BLR.shape[:2], nodes, in_node).sum(axis=-1)
+        pairs_BLN = group_sums(rank_tokens_BLR, in_node)
         share_BLN = pairs_BLN * (nodes / np.maximum(pairs_BLN.sum(axis=-1, keepdims=True), 1e-30))
         visit_BLN = np.minimum(share_BLN * (sends.nodes_per_token_L / (nodes - 1))[:, None], 1.0)
         received_BL = (visit_BLN * others_BN[:, None, :]).max(axis=-1)

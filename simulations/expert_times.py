@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from simulations import arithmetic
 from simulations.deployment import BYTES, Deployment
+from simulations.group_sums import group_sums
 from simulations.hardware.calibration import Calibration
 
 Array = NDArray[Any]
@@ -52,7 +53,8 @@ class ExpertTimes:
             index_BLS = np.ceil(index_BLS).astype(np.int32)
         self._reach(int(index_BLS.max(initial=0)))
         seconds_BLS = self._seconds_N.take(index_BLS, mode="clip")
-        return self._sum_over_rank(seconds_BLS) + np.float32(self._launches())
+        by_rank_BLR = group_sums(seconds_BLS, self._deployment.slots_per_rank)
+        return by_rank_BLR + np.float32(self._launches())
 
     def _reach(self, tokens: int) -> None:
         """Have the cost of so many tokens in the curve. Raises ValueError beyond MOST_TOKENS."""
@@ -63,14 +65,6 @@ class ExpertTimes:
         part = -(-tokens // self._num_parts)
         if self._table is not None and part > self._table.axes["tokens_per_expert"][-1]:
             self._warn(f"extrapolated: tokens beyond table {self._name}")
-
-    def _sum_over_rank(self, x_BLS: Array) -> Array:
-        slots = self._deployment.slots_per_rank
-        x_BLRP = x_BLS.reshape(*x_BLS.shape[:2], -1, slots)
-        total = x_BLRP[..., 0].copy()
-        for slot in range(1, slots):
-            total += x_BLRP[..., slot]
-        return total
 
     def _launches(self) -> float:
         if self._table is not None:
