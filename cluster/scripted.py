@@ -7,7 +7,7 @@ all have, and then each leader gets the frame that the gateway would send.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import NamedTuple
@@ -32,12 +32,13 @@ class Change(NamedTuple):
 class Script:
     """One rank's part in the changes, followed in the background inside a `with` block.
 
-    `mailbox` on leaders only. `failure` says what went wrong, if anything.
+    A change is taken from `changes` once the one before is in force. `mailbox` on leaders only.
+    `failure` says what went wrong, if anything.
     """
 
     def __init__(
         self,
-        changes: Sequence[Change],
+        changes: Iterable[Change],
         runner: Runner,
         mailbox: LocalMailbox | None,
         groups: ParallelGroups,

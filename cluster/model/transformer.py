@@ -103,9 +103,7 @@ class Transformer:
             combine=comms.combine,
             combine_dtype=comms.combine_dtype,
         )
-        token_flop = 6.0 * config.hidden_size * config.expert_intermediate_size
-        token_flop *= config.gate.num_experts_per_token
-        balance = make_balance(split, dispatcher, token_flop)
+        balance = make_balance(split, dispatcher, expert_flop(config))
         model = build(loader, groups, placement, dispatcher, balance, phase)
         if comms.combine == "fixed":
             share_gains(model.layers, placement, groups.world)
@@ -190,6 +188,12 @@ class Transformer:
     def moe_layers(self) -> tuple[MoELayer, ...]:
         """The expert layers, in order."""
         return tuple(layer.mlp for layer in self.layers if isinstance(layer.mlp, MoELayer))
+
+
+def expert_flop(config: ModelConfig) -> float:
+    """Floating-point operations of one token's experts in one layer."""
+    per_expert = 6.0 * config.hidden_size * config.expert_intermediate_size
+    return per_expert * config.gate.num_experts_per_token
 
 
 def build(
