@@ -1,0 +1,203 @@
+"""All measurements of one GPU (and of the link to a second one, if there is one)."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cluster.model.config import MlaConfig, ModelConfig
+from simulations import arithmetic
+from simulations.hardware import gpu_links, gpu_occupied, gpu_products, gpu_rows
+from simulations.hardware.gpu_timing import ClockLog, warm_up
+from simulations.hardware.tables import Table
+
+Say = Callable[[str], None]
+
+ROWS = tuple(1 << i for i in range(15))  # 1 ... 16384
+SKEWS = ((4, 64), (8, 16), (8, 128), (32, 32))  # experts of a rank, mean rows of each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is measured; `quick` is for trying the command."""
+
+    rows: tuple[int, ...] = ROWS
+    experts: tuple[int, ...] = (1, 2, 4, 5, 8, 9, 32)
+    tokens_per_expert: tuple[int, ...] = ROWS[:11]
+    sequences: tuple[int, ...] = ROWS[:9]
+    contexts: tuple[int, ...] = tuple(512 << i for i in range(7))
+    prompts: tuple[int, ...] = tuple(512 << i for i in range(6))
+    queries: tuple[int, ...] = (1, 2)
+    held: tuple[int, ...] = (8, 16, 24)
+
+    @staticmethod
+    def quick() -> Sizes:
+        return Sizes(
+            rows=(1, 16, 128, 1024),
+            experts=(1, 4, 9),
+            tokens_per_expert=(1, 16, 128),
+            sequences=(1, 16, 128),
+            contexts=(512, 4096),
+            prompts=(512, 4096),
+            queries=(1,),
+            held=(24,),
+        )
+
+
+def measure(model: ModelConfig, sizes: Sizes, say: Say) -> dict[str, Any]:
+    """{"tables", "measured", "memory_bytes", "hardware", "software", "clocks"}.
+
+    say: told the name of each part as it starts.
+    """
+    torch.cuda.init()
+    tables: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
+    with ClockLog() as clocks, torch.inference_mode():
+        warm_up()
+        for name, part in _parts(model, sizes):
+            say(name)
+            found, others = part()
+            tables |= found
+            measured |= others
+            torch.cuda.empty_cache()
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "tables": tables,
+        "measured": measured,
+        "memory_bytes": float(properties.total_memory),
+        "hardware": f"{torch.cuda.device_count()} x {properties.name}",
+        "software": _software(),
+        "clocks": clocks.summary(),
+    }
+
+
+def _software() -> dict[str, str]:
+    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        found = subprocess.run(query, capture_output=True, text=True, check=True)
+        versions["driver"] = found.stdout.split()[0]
+    with suppress(ImportError):
+        import triton  # type: ignore[import-not-found,unused-ignore]
+
+        versions["triton"] = triton.__version__
+    return versions
+
+
+Part = Callable[[], tuple[dict[str, Any], dict[str, Any]]]
+"""Tables, and what is no table."""
+
+
+def _parts(model: ModelConfig, sizes: Sizes) -> list[tuple[str, Part]]:
+    parts: list[tuple[str, Part]] = [
+        ("memory and launches", _memory),
+        ("bfloat16 products", lambda: _products(model, sizes, "bfloat16")),
+        ("float8 products", lambda: _products(model, sizes, "float8")),
+        ("bfloat16 experts", lambda: _experts(model, sizes, "bfloat16")),
+        ("float8 experts", lambda: _experts(model, sizes, "float8")),
+        ("rows", lambda: _rows(model, sizes)),
+    ]
+    if isinstance(model.attention, MlaConfig):
+        parts.append(("attention", lambda: _attention(model, sizes)))
+    parts.append(("work beside communication", lambda: _occupied(model, sizes)))
+    if torch.cuda.device_count() > 1:
+        parts.append(("links", lambda: ({}, {"link": gpu_links.link_times()})))
+    return parts
+
+
+def _memory() -> tuple[dict[str, Any], dict[str, Any]]:
+    bandwidth, launches = gpu_rows.memory_bandwidth(), gpu_rows.launch_seconds()
+    return {}, {"memory_bandwidth": bandwidth, "launch_s": launches}
+
+
+def shapes_of(model: ModelConfig) -> list[tuple[int, int]]:
+    """[n, k] of every product of a whole weight with a step's rows."""
+    work = arithmetic.attention(model)
+    gemms = [*work.before, *work.after, *arithmetic.dense_mlp(model)]
+    gemms += [*arithmetic.shared_expert(model), arithmetic.gate(model), arithmetic.head(model)]
+    return sorted({(gemm.n, gemm.k) for gemm in gemms if gemm.count == 1 and gemm.params})
+
+
+def _products(
+    model: ModelConfig, sizes: Sizes, dtype: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    shapes = shapes_of(model)
+    if dtype == "float8":
+        scales, product = gpu_products.best_float8()
+        return gpu_products.gemm_tables(
+            "gemm/float8", product, shapes, sizes.rows, kernel=f"_scaled_mm, {scales}"
+        ), {}
+    tables = gpu_products.gemm_tables("gemm/bfloat16", gpu_products.bfloat16, shapes, sizes.rows)
+    work = arithmetic.attention(model)
+    heads = [gemm for gemm in (*work.before, *work.after) if gemm.count > 1]
+    for gemm in heads:
+        tables |= gpu_products.per_head_tables(gemm.count, [(gemm.n, gemm.k)], sizes.rows)
+    return tables, {}
+
+
+def _experts(model: ModelConfig, sizes: Sizes, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """And how skewed counts compare with the sum over experts that the cost model makes of them."""
+    experts = gpu_products.Experts(model.hidden_size, model.expert_intermediate_size, dtype)
+    tables = experts.tables(sizes.experts, sizes.tokens_per_expert)
+    skews = {
+        f"{number} experts x {mean} rows, {name}": float(f"{experts.seconds(counts).p50:.4g}")
+        for number, mean in SKEWS
+        for name, counts in gpu_products.skewed_counts(number, mean).items()
+    }
+    return tables, {f"skewed_experts_s/{dtype}": skews}
+
+
+def _rows(model: ModelConfig, sizes: Sizes) -> tuple[dict[str, Any], dict[str, Any]]:
+    gate = model.gate
+    tables = gpu_rows.row_tables(model.hidden_size, model.expert_intermediate_size, sizes.rows)
+    if gate.num_groups > 1:
+        tables |= gpu_rows.choice_tables(
+            gate.num_experts, gate.num_groups, gate.num_groups_per_token,
+            gate.num_experts_per_token, sizes.rows,
+        )  # fmt: skip
+    return tables, {}
+
+
+def _attention(model: ModelConfig, sizes: Sizes) -> tuple[dict[str, Any], dict[str, Any]]:
+    from simulations.hardware import gpu_attention  # needs Triton
+
+    heads = model.attention.num_heads
+    decode = gpu_attention.MlaDecode(heads)
+    tables: dict[str, Any] = {}
+    for queries in sizes.queries:
+        tables |= decode.tables(sizes.sequences, sizes.contexts, queries)
+    tables |= gpu_attention.prefill_tables(heads, sizes.prompts)
+    held = gpu_occupied.slowdowns({"mla_decode 64 x 4096": decode.work()}, sizes.held)
+    return tables, {
+        "mla_decode_relative_l2": float(f"{decode.error():.3g}"),
+        "mla_decode_tiles_s": decode.tried,
+        "held_multiprocessors/attention": held,
+    }
+
+
+def _occupied(model: ModelConfig, sizes: Sizes) -> tuple[dict[str, Any], dict[str, Any]]:
+    hidden, intermediate = model.hidden_size, model.expert_intermediate_size
+    works = gpu_products.works(hidden, intermediate)
+    return {}, {"held_multiprocessors": gpu_occupied.slowdowns(works, sizes.held)}
+
+
+def check_skews(tables: dict[str, Any], measured: dict[str, Any]) -> dict[str, float]:
+    """Predicted over measured seconds of the skewed counts: each expert as if it were alone."""
+    ratios = {}
+    for key, skews in measured.items():
+        if not key.startswith("skewed_experts_s/"):
+            continue
+        dtype = key.split("/")[1]
+        name = next(n for n in tables if n.startswith(f"grouped_gemm/{dtype}/"))
+        table = Table.from_json(tables[name])
+        for what, seconds in skews.items():
+            number, mean = int(what.split()[0]), int(what.split()[3])
+            counts = gpu_products.skewed_counts(number, mean)[what.split(", ")[1]]
+            alone = sum(float(table.at(experts=1, tokens_per_expert=c)) for c in counts if c)
+            ratios[f"{dtype}: {what}"] = round(alone / seconds, 3)
+    return ratios
