@@ -1,0 +1,212 @@
+"""What is drawn of `simulate balance`: one function a picture, each fills a figure.
+
+L MoE layers, E experts, R ranks, N nodes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from simulations.report.balance_result import BalanceResult, BeforeAfter, Policy
+from simulations.report.heat_maps import amount_map, load_map, load_scale, node_lines
+from simulations.report.style import FAINT, INK, colour_of, dashes_of, label_of, short
+from simulations.report.values import FloatArray
+
+PaintMap = Callable[[Axes, FloatArray], None]
+
+KIB = 1024
+WHEN = {"before": "first tenth of the run", "after": "last tenth"}
+COMPUTE = ("attention", "gate", "shared", "experts")
+STAGES = ("attention", "gate", "shared", "dispatch", "experts", "combine")
+
+
+def over_time(figure: Figure, result: BalanceResult) -> None:
+    """Served balancedness, throughput and rebalances of every policy, by step."""
+    names = [name for name, policy in result.policies.items() if policy.series.step.size]
+    moved = [name for name in names if result.policies[name].rebalances]
+    heights = [3.0, 3.0] + ([0.25 + 0.25 * len(moved)] if moved else [])
+    axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    for name in names:
+        series = result.policies[name].series
+        look = _line_look(name, names, len(series.step))
+        for panel, values in zip(axes, (series.balancedness, series.throughput), strict=False):
+            if values.size:
+                panel.plot(series.step, values, label=short(label_of(name)), **look)
+    axes[0].set(ylabel="balancedness\n(mean / max over ranks)")
+    axes[1].set(ylabel="throughput\n(tokens/s)", ylim=(0, None))
+    axes[1].yaxis.set_major_formatter("{x:,.0f}")
+    for panel in axes[:2]:
+        panel.grid(visible=True)
+    if moved:
+        _rebalance_marks(axes[2], {name: result.policies[name] for name in moved}, names)
+    axes[-1].set_xlabel("step")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=5)
+
+
+def _rebalance_marks(axes: Axes, policies: Mapping[str, Policy], names: list[str]) -> None:
+    """A row of ticks for each policy: when it moved experts."""
+    for row, (name, policy) in enumerate(policies.items()):
+        steps = [rebalance.step for rebalance in policy.rebalances]
+        axes.plot(
+            steps, [row] * len(steps), "|", color=colour_of(name, names), markersize=9, mew=1.4
+        )
+    axes.set_yticks(range(len(policies)), labels=[short(label_of(name)) for name in policies])
+    axes.set(ylim=(len(policies) - 0.4, -0.6), title="rebalances")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=True, axis="x")
+
+
+def planned_against_served(figure: Figure, result: BalanceResult) -> None:
+    """For each policy, what its plan promised and what the steps had."""
+    names = [
+        name
+        for name, policy in result.policies.items()
+        if policy.series.balancedness.size and policy.series.planned_balancedness.size
+    ]
+    panels = _panels(figure, len(names), columns=3, share=True)
+    for axes, name in zip(panels, names, strict=False):
+        series = result.policies[name].series
+        colour = colour_of(name, names)
+        planned, served = series.planned_balancedness, series.balancedness
+        axes.fill_between(series.step, served, planned, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(series.step, planned, color=INK, linewidth=1.1, linestyle=(0, (3, 1.5)))
+        axes.plot(series.step, served, color=colour, marker="o" if len(served) == 1 else None)
+        axes.set_title(short(label_of(name)))
+        axes.grid(visible=True)
+    handles = [
+        Patch(facecolor="none", edgecolor=INK, linestyle="--", label="planned (dashed)"),
+        Patch(facecolor=FAINT, label="served (solid)"),
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2)
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("balancedness (mean / max over ranks)", fontsize=10)
+
+
+def rank_loads(figure: Figure, result: BalanceResult, loads: BeforeAfter) -> None:
+    """Rank x layer, the first tenth of the run beside the last."""
+
+    def paint(axes: Axes, map_LR: FloatArray) -> None:
+        load_map(axes, map_LR.T, rows="rank", columns="MoE layer")
+        node_lines(axes, map_LR.shape[1], result.count("ranks_per_node"))
+
+    _two_maps(figure, loads, "rank", paint)
+
+
+def expert_loads(figure: Figure, result: BalanceResult) -> None:
+    """Layer x expert: what the gates chose, which no policy changes."""
+
+    def paint(axes: Axes, map_LE: FloatArray) -> None:
+        load_map(axes, map_LE, rows="MoE layer", columns="expert")
+
+    _two_maps(figure, result.expert_load_LE, "expert", paint)
+
+
+def node_traffic(figure: Figure, result: BalanceResult) -> None:
+    """Bytes from each node to each other one, per token, of every policy on one scale."""
+    maps = {
+        name: policy.node_traffic_NN / KIB
+        for name, policy in result.policies.items()
+        if policy.node_traffic_NN.size
+    }
+    most = max(float(np.nanmax(map_NN, initial=0)) for map_NN in maps.values())
+    panels = _panels(figure, len(maps), columns=3, share=True)
+    for axes, (name, map_NN) in zip(panels, maps.items(), strict=False):
+        image = amount_map(axes, map_NN, most, ".1f" if most < 100 else ".0f")
+        axes.set_aspect("equal")
+        axes.set_title(f"{short(label_of(name))}: {np.nansum(map_NN):,.1f} KiB in all")
+    figure.supxlabel("to node", fontsize=10)
+    figure.supylabel("from node", fontsize=10)
+    figure.colorbar(image, ax=panels, label="KiB per token", aspect=30, pad=0.015, fraction=0.03)
+
+
+def waterfall(figure: Figure, result: BalanceResult) -> None:
+    """Where a MoE layer's time goes, stage after stage, one panel for each policy."""
+    names = [name for name, policy in result.policies.items() if policy.layer_ms]
+    panels = _panels(figure, len(names), columns=2, share=True)
+    for axes, name in zip(panels, names, strict=False):
+        end = _cascade(axes, result.policies[name].layer_ms, colour_of(name, names))
+        axes.set_title(f"{short(label_of(name))}: {end:,.3f} ms a layer")
+        axes.grid(visible=True, axis="x")
+    for axes in panels:
+        axes.set_yticks(range(len(STAGES)), labels=STAGES)
+        axes.set_ylim(len(STAGES) - 0.4, -0.6)
+        axes.margins(x=0.09)
+    handles = [
+        Patch(facecolor=FAINT, label="computation"),
+        Patch(facecolor="none", edgecolor=INK, hatch="////", label="exposed communication"),
+        Patch(
+            facecolor="none", edgecolor=FAINT, linestyle=":", label="communication that is hidden"
+        ),
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3)
+    figure.supxlabel("milliseconds of one MoE layer", fontsize=10)
+
+
+def _cascade(axes: Axes, layer_ms: Mapping[str, float], colour: str) -> float:
+    """Bars that begin where the last one ended; hidden communication lies under what hides it.
+
+    Of each exchange the same share is hidden, which is all that a result tells. Returns the end.
+    """
+    known = {stage: max(0.0, np.nan_to_num(layer_ms.get(stage, 0.0))) for stage in STAGES}
+    hidden_ms = max(0.0, np.nan_to_num(layer_ms.get("hidden", 0.0)))
+    exchanged = known["dispatch"] + known["combine"]
+    hidden_share = min(1.0, hidden_ms / exchanged) if exchanged else 0.0
+    now = 0.0
+    for row, stage in enumerate(STAGES):
+        took = known[stage]
+        hidden = 0.0 if stage in COMPUTE else took * hidden_share
+        if hidden:
+            axes.barh(
+                row, hidden, left=max(0.0, now - hidden), height=0.62,
+                facecolor="none", edgecolor=FAINT, linestyle=":", linewidth=1.2,
+            )  # fmt: skip
+        if stage in COMPUTE:
+            axes.barh(row, took, left=now, height=0.62, color=colour)
+        else:
+            axes.barh(
+                row, took - hidden, left=now, height=0.62,
+                facecolor="none", edgecolor=colour, hatch="////", linewidth=1.0,
+            )  # fmt: skip
+        now += took - hidden
+        if took:
+            axes.text(now, row, f" {took:.3f}", va="center", fontsize=8.5)
+    return now
+
+
+def _two_maps(figure: Figure, loads: BeforeAfter, one: str, paint: PaintMap) -> None:
+    """The maps that are known beside each other, with how busy the busiest of each is."""
+    maps = loads.known()
+    panels = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    for axes, (when, map_LX) in zip(panels, maps.items(), strict=True):
+        paint(axes, map_LX)
+        most = f"busiest {one} {np.nanmax(map_LX, initial=0):.2f} × mean"
+        axes.set_title(f"{WHEN[when]}: {most}" if len(maps) > 1 else most)
+        axes.label_outer()
+    load_scale(figure, list(panels), "load / mean of the layer")
+
+
+def _panels(figure: Figure, count: int, *, columns: int, share: bool) -> list[Axes]:
+    """So many panels in rows, the rest of the last row left out."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    grid = figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False)
+    flat: list[Axes] = list(grid.flat)
+    for axes in flat[count:]:
+        axes.remove()
+    for axes in flat[max(0, count - columns) : count]:
+        axes.tick_params(labelbottom=True)  # the panel below may have been left out
+    return flat[:count]
+
+
+def _line_look(name: str, names: list[str], length: int) -> dict[str, Any]:
+    """Colour and dashes of a policy; a curve of a single point is drawn as a point."""
+    return {
+        "color": colour_of(name, names),
+        "linestyle": dashes_of(name, names),
+        "marker": "o" if length == 1 else None,
+    }

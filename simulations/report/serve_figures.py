@@ -1,0 +1,152 @@
+"""What is drawn of `simulate serve`: one function a picture, each fills a figure."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from simulations.report.serve_result import Event, ParetoPoint, ServeResult
+from simulations.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, short
+
+EVENT_LOOKS: dict[str, tuple[str, Any]] = {
+    "failure": (RED, "-"),
+    "recovery": (GREEN, "--"),
+    "rebalance": (PINK, ":"),
+}
+MAX_MARKS = 400
+NOT_USES = ("capacity", "total", "free")  # entries of a result's memory that nothing is kept in
+USE_COLOURS = (BLUE, SKY, ORANGE, GREEN, PINK, RED, GREY)
+
+
+def latencies(figure: Figure, result: ServeResult) -> None:
+    """Cumulative distributions of the time to the first token, and of that to each other."""
+    panels = figure.subplots(1, 2, sharey=True)
+    curves = (
+        (panels[0], result.cdf.ttft_s, "TTFT: time to first token (s)", result.ttft_s),
+        (panels[1], 1000 * result.cdf.tpot_s, "TPOT: time per output token (ms)", result.tpot_s),
+    )
+    for axes, values, label, spread in curves:
+        if values.size:
+            one = {"marker": "o"} if values.size == 1 else {}
+            axes.plot(values, result.cdf.q, color=BLUE, **one)
+        scale = 1000 if values is curves[1][1] else 1
+        for name, dashes in (("p50", "--"), ("p99", ":")):
+            value = scale * getattr(spread, name)
+            if np.isfinite(value):
+                axes.axvline(value, color=INK, linestyle=dashes, label=f"{name} {value:,.3g}")
+        axes.set(xlabel=label, ylim=(0, 101))
+        axes.grid(visible=True)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="lower right")
+    panels[0].set_ylabel("requests (%)")
+
+
+def over_time(figure: Figure, result: ServeResult) -> None:
+    """Tokens, requests, cache and balance by time, with failures and the like marked."""
+    series = result.series
+    rows = [
+        ("output\n(tokens/s)", {"": (series.output_tokens_per_s, BLUE, "-")}),
+        (
+            "requests",
+            {"running": (series.running, BLUE, "-"), "waiting": (series.waiting, ORANGE, "--")},
+        ),
+        ("cache used\n(%)", {"": (100 * series.kv_usage, BLUE, "-")}),
+        ("balancedness\n(mean / max)", {"": (series.balancedness, BLUE, "-")}),
+    ]
+    shown = [
+        (label, {name: curve for name, curve in curves.items() if curve[0].size})
+        for label, curves in rows
+    ]
+    shown = [(label, curves) for label, curves in shown if curves]
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (label, curves) in zip(panels, shown, strict=True):
+        for name, (values, colour, dashes) in curves.items():
+            marker = "o" if values.size == 1 else None
+            axes.plot(
+                series.time_s, values, color=colour, linestyle=dashes, marker=marker, label=name
+            )
+        axes.set_ylabel(label)
+        axes.grid(visible=True)
+        if label != rows[-1][0]:
+            axes.set_ylim(0, None)
+        if len(curves) > 1:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    panels[-1].set_xlabel("time (s)")
+    _mark(figure, panels, result.events)
+
+
+def _mark(figure: Figure, panels: Iterable[Axes], events: Sequence[Event]) -> None:
+    """Lines through all panels where something happened, and what their looks mean."""
+    kinds: dict[str, int] = {}
+    for event in events:
+        if not np.isfinite(event.time_s):
+            continue
+        kinds[event.kind] = kinds.get(event.kind, 0) + 1
+        if kinds[event.kind] > MAX_MARKS:
+            continue
+        colour, dashes = EVENT_LOOKS.get(event.kind, (FAINT, "-."))
+        for axes in panels:
+            axes.axvline(event.time_s, color=colour, linestyle=dashes, linewidth=1.1, zorder=1)
+    handles = [
+        Line2D([], [], color=look[0], linestyle=look[1], label=f"{short(kind)} ({count:,})")
+        for kind, count in kinds.items()
+        for look in [EVENT_LOOKS.get(kind, (FAINT, "-."))]
+    ]
+    if handles:
+        figure.legend(handles=handles, loc="outside upper left", ncols=6)
+
+
+def memory(figure: Figure, result: ServeResult) -> None:
+    """One bar: what the memory of the fullest rank holds."""
+    axes = figure.subplots()
+    left = 0.0
+    uses = {k: v / 1e9 for k, v in result.memory.items() if k not in NOT_USES and v > 0}
+    for i, (use, size) in enumerate(uses.items()):
+        colour = USE_COLOURS[i % len(USE_COLOURS)]
+        label = f"{short(use.replace('_', ' '))} {size:,.1f}"
+        axes.barh(0, size, left=left, color=colour, height=0.6, label=label)
+        left += size
+    capacity = result.memory.get("capacity", np.nan) / 1e9
+    if np.isfinite(capacity):
+        axes.axvline(capacity, color=INK, linewidth=1.6, label=f"capacity {capacity:,.1f}")
+    axes.set(xlabel="GB of the fullest rank", yticks=[], xlim=(0, None))
+    axes.spines["left"].set_visible(False)
+    figure.legend(loc="outside upper left", ncols=6)
+
+
+def pareto(figure: Figure, points: Sequence[ParetoPoint]) -> None:
+    """Throughput of a rank against the speed that a user sees, by concurrency."""
+    axes = figure.subplots()
+    known = [p for p in points if np.isfinite(p.tokens_per_s_per_user + p.tokens_per_s_per_rank)]
+    known.sort(key=lambda point: (point.tokens_per_s_per_user, point.tokens_per_s_per_rank))
+    x = [point.tokens_per_s_per_user for point in known]
+    y = [point.tokens_per_s_per_rank for point in known]
+    on_front = [not _is_beaten(point, known) for point in known]
+    front = [(a, b) for a, b, best in zip(x, y, on_front, strict=True) if best]
+    axes.plot(*zip(*front, strict=True), color=BLUE, linewidth=1.2, label="best of each speed")
+    axes.scatter(
+        x, y, s=42, edgecolors=BLUE, zorder=3,
+        facecolors=[BLUE if best else "none" for best in on_front],
+    )  # fmt: skip
+    for point in known:
+        axes.annotate(
+            f"{point.concurrency:,.0f}" if np.isfinite(point.concurrency) else "",
+            (point.tokens_per_s_per_user, point.tokens_per_s_per_rank),
+            textcoords="offset points",
+            xytext=(6, 5),
+            fontsize=9,
+        )
+    axes.set(xlabel="tokens/s of each user", ylabel="tokens/s of each rank", ylim=(0, None))
+    axes.set_xlim(0, None)
+    axes.margins(0.08)
+    axes.grid(visible=True)
+
+
+def _is_beaten(point: ParetoPoint, points: Sequence[ParetoPoint]) -> bool:
+    """Whether another one is at least as good in both, and better in one."""
+    mine = (point.tokens_per_s_per_user, point.tokens_per_s_per_rank)
+    others = [(p.tokens_per_s_per_user, p.tokens_per_s_per_rank) for p in points]
+    return any(a >= mine[0] and b >= mine[1] and (a, b) != mine for a, b in others)
