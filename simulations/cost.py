@@ -76,7 +76,7 @@ class CostModel:
     """
 
     def __init__(self, deployment: Deployment, calibration: Calibration) -> None:
-        two_batch = deployment.overlap == "two_batch"
+        two_batch = self._two_batch = deployment.overlap == "two_batch"
         if two_batch and not calibration.supports_two_batch:
             raise ValueError(
                 f"calibration {calibration.name} is of a backend without two-batch overlap: "
@@ -121,7 +121,8 @@ class CostModel:
         num_dense = model.num_layers - model.num_moe_layers
         dense_B = num_dense * self._slowest(self._ops.attention(work) + self._ops.dense(work))[:, 0]
         head_B = self._slowest(self._ops.head(work))[:, 0]
-        overhead = self.calibration.step_s + self.calibration.layer_s * model.num_layers
+        gaps = self.calibration.layer_s * model.num_layers
+        overhead = self.calibration.step_s + gaps * (2 if self._two_batch else 1)
         total_B = layers.total.sum(axis=-1, dtype=np.float64) + (dense_B + head_B + overhead)
         return StepTimes(
             total_B=total_B,

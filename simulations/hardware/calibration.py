@@ -12,7 +12,8 @@
     dispatch, combine  optional {"node", "network"}: links as these two see them
     low_latency        optional {"dispatch", "combine", "network_only"}: links as the low-latency
                        kernels see them; network_only: inside a node too they use the network
-    overheads          {"step_s", "layer_s"}: what belongs to no operation
+    overheads          {"step_s", "layer_s"}: what belongs to no operation, of a step and of a layer
+                       (of each micro-batch): gaps between kernels
     overlap            {"sm_share", "supports_two_batch"}: computing units that messages hold;
                        optional "pipelined_stages" (true): stages of an exchange run at once,
                        "exchange_slowdown" (1): of an exchange that shares those units,

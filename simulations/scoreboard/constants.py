@@ -1,6 +1,6 @@
 """Calibrations made of published figures only, each with its source beside it.
 
-    python -m simulations.scoreboard.constants      writes hardware/data/{h800-deepep-v1,h100-published}.json
+    python -m simulations.scoreboard.constants      writes hardware/data/<name>.json of `NAMES`
 
 Sources: S1 to S5 of `targets.json`, two kernel libraries' own tables, and a datasheet. Nothing here
 has seen a target marked blind. Times in microseconds where a name ends in _us.
@@ -50,6 +50,8 @@ S5_CORE_US, S5_GATE_US = 255.0, 19.0
 S5_EXPERTS_US, S5_SWIGLU_US = 81.0 + 39.0, 8.0  # 2 experts of 512 tokens
 S5_AFTER_CORE_US, S5_COMBINE_US = 15.0 + 5.0 + 50.0, 394.0
 S5_LAYERS_MS, S5_STEP_MS = 87.32, 96.0
+S5_OPERATIONS_MS = 84.47
+"""What the cost model makes of S5's layers when nothing lies between their operations."""
 
 # S4, DeepSeek's prefill profile, one micro-batch of 8192 tokens in prompts of 4096, EP32, on 108 of
 # 132 SMs; kernel times as transcribed by H. Shen, "DeepSeek V3/R1 Inference Efficiency (2)".
@@ -75,6 +77,9 @@ S1_NVLINK = {8: (77, 114), 16: (118, 195), 32: (155, 273), 64: (173, 314), 128: 
              256: (194, 360)}  # fmt: skip
 S1_TOKENS = 128
 
+# S3, pplx-garden's kernels under the same conditions (docs/fabric-lib.md, ConnectX-7).
+S3 = {8: (50.5, 65.3), 16: (110.2, 185.5), 32: (153.9, 266.3), 64: (187.5, 309.1)}
+
 # S2, DeepEP's normal kernels, 4096 tokens, GB/s by EP. They count a token once for each of its
 # nodes, its own too, which crosses no network: 58 GB/s at 4 nodes are 43.5 on the wire.
 S2 = {8: (153, 158), 16: (43, 43), 32: (58, 57), 64: (51, 50)}
@@ -83,16 +88,19 @@ UNIFORM_NODES_S4 = 33 / 14
 """Other nodes that a token visits under DeepSeek-V3's gate: 4 of 8 groups, 2 groups on each of 4
 nodes: 4 (1 - C(6,4) / C(8,4)) 3/4."""
 
-NAMES = ("h800-deepep-v1", "h100-published")
+NAMES = ("h800-deepep-v1", "h100-published", "h100-pplx")
 _GRID = (256, 512, 1024, 2048)
 
 
 def calibration(name: str) -> dict[str, Any]:
     """The file's content. "h800-deepep-v1": kernels of February to May 2025, what S4 to S8 ran on;
-    "h100-published": DeepEP of June 2025 and FlashMLA of 22 April 2025."""
-    newer = name == "h100-published"
-    alpha_beta = _low_latency_links()
+    "h100-published": DeepEP of June 2025 and FlashMLA of 22 April 2025; "h100-pplx": the same with
+    pplx-garden's kernels instead of DeepEP's low-latency ones."""
+    newer = name != "h800-deepep-v1"
+    alpha_beta = _low_latency_links(S1_NVLINK)
     links = alpha_beta if newer else _rdma_only(alpha_beta)
+    if name == "h100-pplx":
+        links = _low_latency_links(S3)
     return {
         "version": 1,
         "name": name,
@@ -101,6 +109,7 @@ def calibration(name: str) -> dict[str, Any]:
             "ConnectX-7 400 Gbit/s a rank",
             "software": {
                 "DeepEP": "2025-06-05" if newer else "before 2025-05-23",
+                **({"pplx-garden": "2025"} if name == "h100-pplx" else {}),
                 "DeepGEMM": "2025-02-26",
                 "FlashMLA": "2025-04-22" if newer else "2025-02-24",
             },
@@ -124,7 +133,10 @@ def calibration(name: str) -> dict[str, Any]:
         "links": _normal_links(0, alpha_beta["dispatch"]),
         "combine": _normal_links(1, alpha_beta["combine"]),
         "low_latency": links,
-        "overheads": {"step_s": _rounded(_step_s()), "layer_s": 0.0},
+        "overheads": {
+            "step_s": _rounded(_step_s()),
+            "layer_s": _rounded(1e-3 * (S5_LAYERS_MS - S5_OPERATIONS_MS) / (2 * 61)),
+        },
         "overlap": {
             "sm_share": _rounded(S4_SM_SHARE),
             "supports_two_batch": True,
@@ -209,15 +221,15 @@ def _grouped_table() -> dict[str, Any]:
     )
 
 
-def _low_latency_links() -> dict[str, Any]:
-    """With NVLink in the node: least squares over EP16 to EP256, whose remote share differs."""
+def _low_latency_links(table: Mapping[int, tuple[float, float]]) -> dict[str, Any]:
+    """With NVLink in the node: least squares from EP16 on, whose remote share differs; then EP8."""
     low_latency: dict[str, Any] = {}
     for i, (way, row) in enumerate((("dispatch", DISPATCH_ROW), ("combine", COMBINE_ROW))):
         sent = S1_TOKENS * TOP_K * row
-        ranks = np.array([ep for ep in S1_NVLINK if ep > 8])
-        times = np.array([S1_NVLINK[ep][i] for ep in ranks]) * 1e-6
+        ranks = np.array([ep for ep in table if ep > 8])
+        times = np.array([table[ep][i] for ep in ranks]) * 1e-6
         slope, alpha = np.polyfit(sent * (ranks - 8) / ranks, times, 1, w=1 / times)
-        in_node = (S1_NVLINK[8][i] * 1e-6 - alpha) / (sent * 7 / 8)
+        in_node = (table[8][i] * 1e-6 - alpha) / (sent * 7 / 8)
         low_latency[way] = {
             "node": {"alpha_s": _rounded(alpha), "beta": _rounded(1 / in_node)},
             "network": {"alpha_s": _rounded(alpha), "beta": _rounded(1 / slope)},

@@ -39,6 +39,7 @@ class Routing:
 
     tokens: of a micro-batch, of all ranks. distinct_prompts: None where every token is of a sequence
     of its own (decode); else the prompts that the tokens are copies of pieces of.
+    num_nodes, num_groups: as EPLB asks for them: where groups divide over nodes it keeps them whole.
     balance: "none": experts in order, slots beyond them filled from the first again, as SGLang's
     trivial placement; "eplb": planned on the true mean; "random": every slot as likely as any
     other; "exact": every slot the same number.
@@ -47,6 +48,8 @@ class Routing:
     num_experts: int
     num_slots: int
     num_ranks: int
+    num_nodes: int = 1
+    num_groups: int = 1
     top_k: int
     num_layers: int
     tokens: int
@@ -71,7 +74,7 @@ class Routing:
 
     def _placement(self, load_LE: FloatArray) -> IntArray:
         if self.balance == "eplb":
-            return eplb(load_LE, self.num_slots, 1, 1, self.num_ranks)
+            return eplb(load_LE, self.num_slots, self.num_groups, self.num_nodes, self.num_ranks)
         return np.tile(np.arange(self.num_slots) % self.num_experts, (len(load_LE), 1))
 
     def _favourites(
@@ -106,4 +109,5 @@ def _share_of_slots(load_BLE: FloatArray, slots_LS: IntArray) -> FloatArray:
     np.add.at(copies_LE, (np.arange(len(slots_LS))[:, None], slots_LS), 1)
     index_BLS = np.broadcast_to(slots_LS, (len(load_BLE), *slots_LS.shape))
     share_BLS = np.take_along_axis(load_BLE / copies_LE, index_BLS, axis=2)
-    return share_BLS / share_BLS.sum(axis=2, keepdims=True)
+    total_BL1: FloatArray = share_BLS.sum(axis=2, keepdims=True)
+    return share_BLS / total_BL1
