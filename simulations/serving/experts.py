@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.placement import Placement
+from simulations.divisions import Division
 from simulations.serving.demand import Demand
-from simulations.serving.division import Division
 from simulations.serving.rebalance import Rebalancing
 from simulations.serving.record import Event
 
@@ -38,7 +38,7 @@ class ServedExperts:
         self._division = division
         self._per_token = experts_per_token
         self._lost: frozenset[int] = frozenset()
-        self._subject = -1
+        self._step = 0
         self._pools: dict[int, _Pool] = {}
         self._counts_LE = np.zeros((demand.num_layers, demand.num_experts))
         self._use(rebalancing.placement, range(demand.num_layers))
@@ -50,9 +50,9 @@ class ServedExperts:
 
     def advance(self, now_s: float) -> float:
         """Experts that arrived are in force; returns seconds for which all wait for others."""
-        if (subject := self._demand.subject(now_s)) != self._subject:
-            self._subject = subject
+        if self._demand.advance(self._step):
             self._pools.clear()
+        self._step += 1
         if self._lost:
             return 0.0
         change = self._rebalancing.advance(now_s, self._counts_LE)
@@ -67,11 +67,8 @@ class ServedExperts:
         size = round(SIZES_PER_DOUBLING * math.log2(num_tokens))
         pool = self._pools.get(size)
         if pool is None:
-            pool = self._pools[size] = _Pool(
-                self._demand,
-                self._subject,
-                round(2 ** (size / SIZES_PER_DOUBLING) * self._per_token),
-            )
+            tokens = 2 ** (size / SIZES_PER_DOUBLING)
+            pool = self._pools[size] = _Pool(self._demand, round(tokens * self._per_token))
         counts_LE, slot_LS = pool.next(self._division)
         scale = num_tokens * self._per_token / pool.num_pairs
         self._counts_LE += counts_LE * scale
@@ -90,7 +87,7 @@ class ServedExperts:
 
     def _use(self, placement: Placement, changed: Iterable[int]) -> None:
         layers = tuple(changed)
-        self._division.use(placement, layers)
+        self._division.follow(placement, layers)
         for pool in self._pools.values():
             pool.stale.update(layers)
 
@@ -98,11 +95,11 @@ class ServedExperts:
 class _Pool:
     """Steps of one size."""
 
-    def __init__(self, demand: Demand, subject: int, num_pairs: int) -> None:
+    def __init__(self, demand: Demand, num_pairs: int) -> None:
         self.num_pairs = num_pairs
         self.stale: set[int] = set()
         """Layers to divide anew, before the next step."""
-        self._demand, self._subject = demand, subject
+        self._demand = demand
         self._dealt = 0
 
     def next(self, division: Division) -> tuple[NDArray[np.int64], FloatArray]:
@@ -110,20 +107,16 @@ class _Pool:
         step = self._dealt % POOL_STEPS
         if step == 0:
             self._counts_BLE = self._demand.draw(
-                self._subject, self.num_pairs, POOL_STEPS, self._dealt // POOL_STEPS
+                self.num_pairs, POOL_STEPS, self._dealt // POOL_STEPS
             )
             self.stale.update(range(self._demand.num_layers))
-        if self.stale:
-            divided = {
-                layer: division.divide(layer, self._counts_BLE[:, layer])
-                for layer in sorted(self.stale)
-            }
-            if len(divided) == self._demand.num_layers:
-                self._slot_BLS = np.stack(list(divided.values()), axis=1).astype(np.float32)
-            else:
-                for layer, slot_BS in divided.items():
-                    self._slot_BLS[:, layer] = slot_BS
-            self.stale.clear()
+        if len(self.stale) == self._demand.num_layers:
+            self._slot_BLS = division.slots(self._counts_BLE[:, None]).astype(np.float32)
+        else:
+            for layer in self.stale:
+                one = slice(layer, layer + 1)
+                self._slot_BLS[:, one] = division.slots(self._counts_BLE[:, None, one], one)
+        self.stale.clear()
         self._dealt += 1
         return self._counts_BLE[step], self._slot_BLS[step]
 

@@ -62,7 +62,8 @@ class Record:
     def series(self) -> dict[str, list[float]]:
         """At most MAX_POINTS equal intervals of time: rates, and means over the steps that end there.
 
-        Where no step ends (an idle or paused cluster) the state is that of the step before.
+        Where no step ends (an idle or paused cluster) the state is that of the step before, and before
+        the first that of the first.
         """
         steps = self.steps()
         end_s = steps["end_s"]
@@ -77,7 +78,7 @@ class Record:
             "time_s": edges[1:].tolist(),
             "output_tokens_per_s": (tokens / np.diff(edges)).tolist(),
         }
-        last = np.maximum.accumulate(np.where(steps_in > 0, np.arange(num), 0))
+        last = np.maximum.accumulate(np.where(steps_in > 0, np.arange(num), steps_in.argmax()))
         for name in _MEANS:
             sums = np.bincount(bin_of, weights=steps[name], minlength=num)
             series[name] = (sums / np.maximum(steps_in, 1))[last].tolist()

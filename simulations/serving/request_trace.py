@@ -14,7 +14,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,20 +48,25 @@ def read_trace(path: str | Path) -> list[Arrival]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise TraceError(f"{path}: cannot be read as a trace: {reason}") from None
     rows = _json_rows(text) if text.lstrip().startswith("{") else _csv_rows(text)
-    arrivals = []
-    layout: _Format | None = None
-    line = 1
     try:
-        for line, row in rows:
-            layout = layout or _format_of(row)
-            arrivals.append(_arrival(row, layout))
-    except (ValueError, RecursionError) as error:
-        raise TraceError(f"{path}: line {getattr(error, 'line', line)}: {error}") from None
+        arrivals = list(_arrivals(rows))
+    except _LineError as error:
+        raise TraceError(f"{path}: line {error.line}: {error}") from None
     if not arrivals:
         raise TraceError(f"{path}: no requests: expected a header and rows, or JSON lines")
     arrivals.sort(key=lambda arrival: arrival.time_s)
     first_s = arrivals[0].time_s
     return [arrival._replace(time_s=arrival.time_s - first_s) for arrival in arrivals]
+
+
+def _arrivals(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Iterator[Arrival]:
+    layout: _Format | None = None
+    for line, row in rows:
+        try:
+            layout = layout or _format_of(row)
+            yield _arrival(row, layout)
+        except ValueError as error:
+            raise _LineError(line, str(error)) from None
 
 
 class _LineError(ValueError):

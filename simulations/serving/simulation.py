@@ -32,8 +32,9 @@ class Step(NamedTuple):
 class Stepper(Protocol):
     """How long steps take, and where the experts are."""
 
-    events: list[Event]
-    """Of rebalances; the simulation takes them out."""
+    @property
+    def events(self) -> list[Event]:
+        """Of rebalances; the simulation takes them out."""
 
     def step(self, now_s: float, work: Sequence[Work]) -> Step:
         """One step of all replicas that starts now; also called again for a step that was lost."""

@@ -1,0 +1,204 @@
+"""`expertmesh simulate serve`: requests on a cluster that does not exist yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_CLUSTER, _TRAFFIC, _SERVER, _RESULT = "Cluster", "Traffic", "Server", "Result"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("serve")(serve)
+
+
+def serve(
+    preset: Annotated[
+        str, typer.Option(help="A model by name, a config.json, or a directory with one.")
+    ] = "deepseek-v3",
+    nodes: Annotated[int, typer.Option(rich_help_panel=_CLUSTER)] = 8,
+    ranks_per_node: Annotated[int, typer.Option(rich_help_panel=_CLUSTER)] = 8,
+    tp: Annotated[
+        int, typer.Option(help="Ranks that share one attention.", rich_help_panel=_CLUSTER)
+    ] = 1,
+    redundant_experts: Annotated[
+        int | None,
+        typer.Option(
+            help="Further copies. [default: one spare slot a rank]", rich_help_panel=_CLUSTER
+        ),
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="float8 or bfloat16.", rich_help_panel=_CLUSTER)
+    ] = "float8",
+    kv_dtype: Annotated[
+        str, typer.Option(help="bfloat16 or float8.", rich_help_panel=_CLUSTER)
+    ] = "bfloat16",
+    dispatcher: Annotated[
+        str, typer.Option(help="hierarchical, flat or low_latency.", rich_help_panel=_CLUSTER)
+    ] = "hierarchical",
+    overlap: Annotated[
+        str, typer.Option(help="none or two_batch.", rich_help_panel=_CLUSTER)
+    ] = "none",
+    calibration: Annotated[
+        str,
+        typer.Option(help="What the hardware achieves: name or file.", rich_help_panel=_CLUSTER),
+    ] = "h100-published",
+    arrivals: Annotated[
+        str,
+        typer.Option(
+            help="poisson, bursts, or closed: users who wait for their answers.",
+            rich_help_panel=_TRAFFIC,
+        ),
+    ] = "poisson",
+    rate: Annotated[
+        float, typer.Option(help="Requests per second.", rich_help_panel=_TRAFFIC)
+    ] = 20.0,
+    concurrency: Annotated[
+        int, typer.Option(help="Users of --arrivals closed.", rich_help_panel=_TRAFFIC)
+    ] = 256,
+    requests: Annotated[
+        int | None,
+        typer.Option(help="So many. [default: 2000]", rich_help_panel=_TRAFFIC),
+    ] = None,
+    duration: Annotated[
+        float | None,
+        typer.Option(help="Instead: seconds in which they come.", rich_help_panel=_TRAFFIC),
+    ] = None,
+    prompt: Annotated[
+        str,
+        typer.Option(help="Mean tokens, and lognormal spread.", rich_help_panel=_TRAFFIC),
+    ] = "1000:0.5",
+    output: Annotated[
+        str,
+        typer.Option(help="Mean tokens, and lognormal spread.", rich_help_panel=_TRAFFIC),
+    ] = "200:0.5",
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Recorded arrivals and lengths instead: JSON lines or CSV with arrival_s, "
+            "prompt_tokens, output_tokens, or the columns of Azure's and Mooncake's traces.",
+            rich_help_panel=_TRAFFIC,
+        ),
+    ] = None,
+    workload: Annotated[
+        str,
+        typer.Option(
+            help="Which experts tokens choose: lognormal, zipf, burst, two_topic, uniform, drift, "
+            "task_shift or node_skew.",
+            rich_help_panel=_TRAFFIC,
+        ),
+    ] = "lognormal",
+    skew: Annotated[
+        float | None,
+        typer.Option(help="[default: the workload's]", rich_help_panel=_TRAFFIC),
+    ] = None,
+    jitter: Annotated[
+        float, typer.Option(help="Log-sd from step to step.", rich_help_panel=_TRAFFIC)
+    ] = 0.1,
+    shift_every: Annotated[
+        int, typer.Option(help="Steps of a subject (burst, task_shift).", rich_help_panel=_TRAFFIC)
+    ] = 500,
+    policy: Annotated[
+        str, typer.Option(help="ours, eplb or none.", rich_help_panel=_SERVER)
+    ] = "ours",
+    cold_start: Annotated[
+        bool,
+        typer.Option(
+            "--cold-start",
+            help="Experts start as loaded, not where the policy would have put them.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = False,
+    max_num_seqs: Annotated[
+        int, typer.Option(help="Running sequences of a replica.", rich_help_panel=_SERVER)
+    ] = 128,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Tokens of a replica's step.", rich_help_panel=_SERVER)
+    ] = 2048,
+    block_size: Annotated[
+        int, typer.Option(help="Tokens of a block of KV cache.", rich_help_panel=_SERVER)
+    ] = 64,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="Prompt and completion. [default: the model's]", rich_help_panel=_SERVER),
+    ] = None,
+    max_num_queued_reqs: Annotated[
+        int,
+        typer.Option(
+            help="Waiting and running together; more are refused.", rich_help_panel=_SERVER
+        ),
+    ] = 65_536,
+    fail: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TIME:RANK[:RECOVERY_S]",
+            help="A rank is lost at that second. May be given again.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    pareto: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USERS,USERS...",
+            help="Also: throughput against speed for so many users, e.g. 64,512,4096.",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write JSON.", rich_help_panel=_RESULT),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Also write a report with pictures.", rich_help_panel=_RESULT
+        ),
+    ] = None,
+) -> None:
+    """Serve requests on a simulated cluster: times to tokens, throughput, memory, failures.
+
+    The gateway's admission, the schedulers, KV blocks, placements and rebalances are the code that
+    serves; only the time of a step is computed.
+    """
+    from deploy.simulated_serving import Options, serve_command
+
+    options = Options(
+        preset=preset,
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        tp=tp,
+        redundant_experts=redundant_experts,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        dispatcher=dispatcher,
+        overlap=overlap,
+        calibration=calibration,
+        arrivals=arrivals,
+        rate=rate,
+        concurrency=concurrency,
+        requests=requests,
+        duration=duration,
+        prompt=prompt,
+        output=output,
+        trace=trace,
+        workload=workload,
+        skew=skew,
+        jitter=jitter,
+        shift_every=shift_every,
+        policy=policy,
+        cold_start=cold_start,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        max_model_len=max_model_len,
+        max_num_queued_reqs=max_num_queued_reqs,
+        fail=tuple(fail or ()),
+        pareto=pareto,
+        seed=seed,
+    )
+    raise typer.Exit(serve_command(options, json_file, report))
