@@ -65,11 +65,8 @@ def _key_figures(result: BalanceResult, name: str) -> Section:
         Column(title="planned", form=".3f", best="low"),
         Column(title="step mean", unit="ms", form=",.2f", best="low"),
         Column(title="step p99", unit="ms", form=",.2f", best="low"),
-        Column(title="between nodes", unit="KiB/token", form=",.1f", best="low"),
-        Column(title="between ranks", unit="KiB/token", form=",.1f", best="low"),
-        Column(title="moved", unit="GB", form=",.2f"),
-        Column(title="moves", form=",.0f"),
-        Column(title="slowest rank"),
+        Column(title="slowest rank", form=",.0f"),
+        Column(title="in steps", unit="%", form=".1f"),
     ]
     first = result.policies[names[0]].throughput if names else math.nan
     rows = [_figures_of(label_of(n), policy, first) for n, policy in result.policies.items()]
@@ -77,7 +74,7 @@ def _key_figures(result: BalanceResult, name: str) -> Section:
         name=f"{name}-policies",
         caption="Every policy met the same load. The best of a column is bold; the gain is over the "
         "first row. Imbalance is the busiest rank's tokens over the mean of the ranks, of each layer "
-        "of each step: 1 is perfect.",
+        "of each step: 1 is perfect. The slowest rank is the one that others waited for most often.",
         columns=columns,
         rows=rows,
         swatches=[colour_of(n, names) for n in names],
@@ -91,10 +88,6 @@ def _key_figures(result: BalanceResult, name: str) -> Section:
 
 
 def _figures_of(label: str, policy: Policy, first: float) -> Sequence[str | float | None]:
-    straggler = policy.straggler
-    slowest = "" if straggler.rank is None else f"rank {straggler.rank}"
-    if slowest and not math.isnan(straggler.share):
-        slowest += f", {straggler.share:.0%}"
     return (
         label,
         policy.throughput,
@@ -104,11 +97,8 @@ def _figures_of(label: str, policy: Policy, first: float) -> Sequence[str | floa
         policy.planned_imbalance,
         policy.step_ms_mean,
         policy.step_ms_p99,
-        policy.node_bytes_per_token / KIB,
-        policy.rank_bytes_per_token / KIB,
-        policy.migrated_bytes / GB,
-        policy.moves,
-        slowest,
+        policy.straggler.rank,
+        100 * policy.straggler.share,
     )
 
 
@@ -174,19 +164,50 @@ def _rank_loads(result: BalanceResult, name: str) -> Section | None:
     )
 
 
-def _traffic(result: BalanceResult, name: str) -> Section | None:
+def _traffic(result: BalanceResult, name: str) -> Section:
+    names = list(result.policies)
+    blocks: list[Block] = [
+        Table(
+            name=f"{name}-traffic",
+            caption="Bytes of a token in one layer, dispatch and combine together, and what moving "
+            "experts took in all.",
+            columns=[
+                Column(title="policy"),
+                Column(title="between nodes", unit="KiB/token", form=",.2f", best="low"),
+                Column(title="rows between nodes", unit="per token", form=",.2f", best="low"),
+                Column(title="between ranks", unit="KiB/token", form=",.2f", best="low"),
+                Column(title="rebalances", form=",.0f"),
+                Column(title="experts moved", form=",.0f"),
+                Column(title="moved", unit="GB", form=",.2f"),
+            ],
+            rows=[(label_of(n), *_traffic_of(policy)) for n, policy in result.policies.items()],
+            swatches=[colour_of(n, names) for n in names],
+        )
+    ]
     maps = [policy for policy in result.policies.values() if policy.node_traffic_NN.size]
-    if not maps:
-        return None
-    picture = draw(
-        f"{name}-node-traffic",
-        "Bytes between nodes",
-        "Bytes per token, dispatch and combine, from the node of a row to that of a column.",
-        "Heat maps of the bytes per token between each pair of nodes, one for each policy.",
-        partial(figures.node_traffic, result=result),
-        height=0.8 + 3.3 * -(-len(maps) // 3),
+    if maps:
+        blocks.append(
+            draw(
+                f"{name}-node-traffic",
+                "Bytes between nodes",
+                "Per token, from the node of a row to that of a column.",
+                "Heat maps of the bytes per token between each pair of nodes, one for each policy.",
+                partial(figures.node_traffic, result=result),
+                height=0.8 + 3.3 * -(-len(maps) // 3),
+            )
+        )
+    return Section(title="Traffic and moves", blocks=blocks)
+
+
+def _traffic_of(policy: Policy) -> Sequence[float]:
+    return (
+        policy.node_bytes_per_token / KIB,
+        policy.node_rows_per_token,
+        policy.rank_bytes_per_token / KIB,
+        len(policy.rebalances),
+        policy.moves,
+        policy.migrated_bytes / GB,
     )
-    return Section(title="Traffic between nodes", blocks=[picture])
 
 
 def _waterfall(result: BalanceResult, name: str) -> Section | None:

@@ -41,6 +41,8 @@ def over_time(figure: Figure, result: BalanceResult) -> None:
     axes[1].yaxis.set_major_formatter("{x:,.0f}")
     for panel in axes[:2]:
         panel.grid(visible=True)
+        panel.margins(x=0.01)
+    figure.align_ylabels(axes[:2])
     if moved:
         _rebalance_marks(axes[2], {name: result.policies[name] for name in moved}, names)
     axes[-1].set_xlabel("step")
@@ -116,7 +118,9 @@ def node_traffic(figure: Figure, result: BalanceResult) -> None:
     most = max(float(np.nanmax(map_NN, initial=0)) for map_NN in maps.values())
     panels = _panels(figure, len(maps), columns=3, share=True)
     for axes, (name, map_NN) in zip(panels, maps.items(), strict=False):
-        image = amount_map(axes, map_NN, most, ".1f" if most < 100 else ".0f")
+        image = amount_map(
+            axes, map_NN, most, ".2f" if most < 10 else ".1f" if most < 100 else ".0f"
+        )
         axes.set_aspect("equal")
         axes.set_title(f"{short(label_of(name))}: {np.nansum(map_NN):,.1f} KiB in all")
     figure.supxlabel("to node", fontsize=10)
@@ -139,9 +143,7 @@ def waterfall(figure: Figure, result: BalanceResult) -> None:
     handles = [
         Patch(facecolor=FAINT, label="computation"),
         Patch(facecolor="none", edgecolor=INK, hatch="////", label="exposed communication"),
-        Patch(
-            facecolor="none", edgecolor=FAINT, linestyle=":", label="communication that is hidden"
-        ),
+        Patch(facecolor="none", edgecolor=FAINT, linestyle=":", label="hidden communication"),
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=3)
     figure.supxlabel("milliseconds of one MoE layer", fontsize=10)
@@ -174,7 +176,10 @@ def _cascade(axes: Axes, layer_ms: Mapping[str, float], colour: str) -> float:
             )  # fmt: skip
         now += took - hidden
         if took:
-            axes.text(now, row, f" {took:.3f}", va="center", fontsize=8.5)
+            axes.annotate(
+                f"{took:.3f}", (now, row), xytext=(4, 0), textcoords="offset points",
+                va="center", fontsize=8.5,
+            )  # fmt: skip
     return now
 
 

@@ -97,7 +97,11 @@ def facts_of(result: Result) -> list[tuple[str, str]]:
 def _all_of(facts: dict[str, str]) -> str:
     """`deepseek-v3 · num_nodes 8 · ...`: a name first, then everything by its name."""
     named = [facts["name"]] if facts.get("name") else []
-    others = [f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if key != "name"]
+    others = [
+        f"{key.removeprefix('num_').replace('_', ' ')} {value}"
+        for key, value in facts.items()
+        if key != "name"
+    ]
     return " · ".join(named + others)
 
 

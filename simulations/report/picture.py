@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from simulations.report.style import INK, styled
 
-WIDTH = 11.6  # inches, of which the page makes 1160 pixels
-PNG_DPI = 200  # two pixels for each of those
+WIDTH = 10.4  # inches
+PIXELS_PER_INCH = 1160 / WIDTH  # in the page, where there is room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,11 @@ def draw(
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None})
         figure.savefig(
-            png, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": None}
+            png,
+            format="png",
+            dpi=2 * PIXELS_PER_INCH,
+            facecolor="white",
+            metadata={"Software": None},
         )
     return Picture(
         name=name,
@@ -60,7 +64,7 @@ def draw(
         alt=alt,
         svg=_for_the_page(svg.getvalue(), name),
         png=png.getvalue(),
-        width=width * 100,
+        width=width * PIXELS_PER_INCH,
     )
 
 

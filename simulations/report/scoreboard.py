@@ -7,7 +7,7 @@ from simulations.report import scoreboard_figures as figures
 from simulations.report.chapter import Block, Chapter, Note, Section, facts_of, title_of
 from simulations.report.other_results import ScoreboardResult, Target
 from simulations.report.picture import draw
-from simulations.report.tables import Column, Table
+from simulations.report.tables import SIGNIFICANT, Column, Table
 
 
 def scoreboard_chapter(result: ScoreboardResult, name: str) -> Chapter:
@@ -52,12 +52,12 @@ def _pictures(result: ScoreboardResult, name: str) -> Section | None:
             draw(
                 f"{name}-scatter",
                 "Predicted against published",
-                "On the line the prediction is exact. Circles were predicted blind; squares are "
-                "figures that constants were taken from.",
-                "Predicted values against published values on logarithmic scales.",
+                "On the line the prediction is exact; to the right, how far from it. Circles were "
+                "predicted blind; squares are figures that constants were taken from.",
+                "Predicted against published values on logarithmic scales, and their ratio with bands "
+                "of 5 and of 10 per cent.",
                 partial(figures.scatter, targets=drawn),
-                height=6.4,
-                width=6.8,
+                height=4.6,
             )
         )
     known = [target for target in result.targets if not math.isnan(target.error)]
@@ -83,8 +83,8 @@ def _errors(result: ScoreboardResult, name: str) -> Section:
         columns=[
             Column(title="id"),
             Column(title="what", wide=True),
-            Column(title="published", form=",.6g"),
-            Column(title="predicted", form=",.6g"),
+            Column(title="published", form=SIGNIFICANT),
+            Column(title="predicted", form=SIGNIFICANT),
             Column(title="unit"),
             Column(title="error", unit="%", form="+.1f"),
             Column(title="", tones={"blind": "good", "in-sample": "quiet"}),

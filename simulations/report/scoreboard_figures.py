@@ -1,6 +1,7 @@
 """What is drawn of `simulate scoreboard`: predictions beside what was published."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,28 +20,32 @@ def usable(targets: Sequence[Target]) -> list[Target]:
 
 
 def scatter(figure: Figure, targets: Sequence[Target]) -> None:
-    """Predicted against published; each in its unit, so only the distance to the line tells."""
-    axes = figure.subplots()
+    """Predicted against published, and their ratio, which shows what a scale of decades cannot."""
+    both, ratio = figure.subplots(1, 2)
     for blind, (colour, marker, label) in LOOKS.items():
         mine = [target for target in targets if target.blind == blind]
         if mine:
-            x, y = [t.published for t in mine], [t.predicted for t in mine]
-            axes.scatter(x, y, color=colour, marker=marker, s=34, label=label, zorder=3)
-    lowest = min(min(t.published, t.predicted) for t in targets) / 1.6
-    highest = max(max(t.published, t.predicted) for t in targets) * 1.6
-    line = np.geomspace(lowest, highest, 2)
+            published = np.array([target.published for target in mine])
+            predicted = np.array([target.predicted for target in mine])
+            look: dict[str, Any] = {"color": colour, "marker": marker, "s": 32, "zorder": 3}
+            both.scatter(published, predicted, label=label, **look)
+            ratio.scatter(published, predicted / published, **look)
+    values = [value for t in targets for value in (t.published, t.predicted)]
+    ends = np.array([min(values) / 1.6, max(values) * 1.6])
     for share in reversed(WITHIN):
-        label = f"within ±{share:.0%}"
-        axes.fill_between(
-            line, line * (1 - share), line * (1 + share),
-            color=FAINT, alpha=0.25, linewidth=0, label=label,
-        )  # fmt: skip
-    axes.plot(line, line, color=INK, linewidth=0.9, label="predicted = published")
-    axes.set(xscale="log", yscale="log", xlim=(lowest, highest), ylim=(lowest, highest))
-    axes.set(xlabel="published (each in its own unit)", ylabel="predicted")
-    axes.set_aspect("equal")
-    axes.grid(visible=True)
-    axes.legend(loc="upper left")
+        band: dict[str, Any] = {"color": FAINT, "alpha": 0.25, "linewidth": 0}
+        both.fill_between(ends, ends * (1 - share), ends * (1 + share), **band)
+        ratio.axhspan(1 - share, 1 + share, label=f"within ±{100 * share:.0f} %", **band)
+    both.plot(ends, ends, color=INK, linewidth=0.9)
+    ratio.axhline(1, color=INK, linewidth=0.9)
+    both.set(xscale="log", yscale="log", xlim=ends, ylim=ends, ylabel="predicted")
+    ratio.set(xscale="log", xlim=ends, ylabel="predicted / published")
+    for axes in (both, ratio):
+        axes.set_xlabel("published (each in its own unit)")
+        axes.grid(visible=True)
+        axes.xaxis.set_major_formatter("{x:,g}")
+    both.yaxis.set_major_formatter("{x:,g}")
+    figure.legend(loc="outside upper left", ncols=4)
 
 
 def errors(figure: Figure, targets: Sequence[Target]) -> None:

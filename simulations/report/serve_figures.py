@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from simulations.report.serve_result import Event, ParetoPoint, ServeResult
+from simulations.report.serve_result import Event, ParetoPoint, ServeResult, Spread
 from simulations.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, short
+from simulations.report.values import FloatArray
 
 EVENT_LOOKS: dict[str, tuple[str, Any]] = {
     "failure": (RED, "-"),
@@ -24,24 +25,27 @@ USE_COLOURS = (BLUE, SKY, ORANGE, GREEN, PINK, RED, GREY)
 def latencies(figure: Figure, result: ServeResult) -> None:
     """Cumulative distributions of the time to the first token, and of that to each other."""
     panels = figure.subplots(1, 2, sharey=True)
-    curves = (
-        (panels[0], result.cdf.ttft_s, "TTFT: time to first token (s)", result.ttft_s),
-        (panels[1], 1000 * result.cdf.tpot_s, "TPOT: time per output token (ms)", result.tpot_s),
-    )
-    for axes, values, label, spread in curves:
-        if values.size:
-            one = {"marker": "o"} if values.size == 1 else {}
-            axes.plot(values, result.cdf.q, color=BLUE, **one)
-        scale = 1000 if values is curves[1][1] else 1
-        for name, dashes in (("p50", "--"), ("p99", ":")):
-            value = scale * getattr(spread, name)
-            if np.isfinite(value):
-                axes.axvline(value, color=INK, linestyle=dashes, label=f"{name} {value:,.3g}")
-        axes.set(xlabel=label, ylim=(0, 101))
-        axes.grid(visible=True)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="lower right")
-    panels[0].set_ylabel("requests (%)")
+    cdf = result.cdf
+    _distribution(panels[0], cdf.ttft_s, cdf.q, result.ttft_s, 1, "s")
+    _distribution(panels[1], cdf.tpot_s, cdf.q, result.tpot_s, 1000, "ms")
+    panels[0].set(ylabel="requests (%)", xlabel="TTFT: time to first token (s)")
+    panels[1].set(xlabel="TPOT: time per output token (ms)")
+
+
+def _distribution(
+    axes: Axes, seconds: FloatArray, q: FloatArray, spread: Spread, scale: float, unit: str
+) -> None:
+    """The curve, with the median and the 99th percentile marked; times in 1/scale seconds."""
+    if seconds.size:
+        marker = "o" if seconds.size == 1 else None
+        axes.plot(scale * seconds, q, color=BLUE, marker=marker, zorder=3)
+    named = {"p50": scale * spread.p50, "p99": scale * spread.p99}
+    named = {name: value for name, value in named.items() if np.isfinite(value)}
+    for value, dashes in zip(named.values(), ("--", ":"), strict=False):
+        axes.axvline(value, color=INK, linestyle=dashes, linewidth=1.1)
+    axes.set_title(", ".join(f"{name} {value:,.3g} {unit}" for name, value in named.items()))
+    axes.set_ylim(0, 101)
+    axes.grid(visible=True)
 
 
 def over_time(figure: Figure, result: ServeResult) -> None:
@@ -70,11 +74,14 @@ def over_time(figure: Figure, result: ServeResult) -> None:
             )
         axes.set_ylabel(label)
         axes.grid(visible=True)
+        axes.margins(x=0.01)
         if label != rows[-1][0]:
             axes.set_ylim(0, None)
+            axes.yaxis.set_major_formatter("{x:,.0f}")
         if len(curves) > 1:
-            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     panels[-1].set_xlabel("time (s)")
+    figure.align_ylabels(panels)
     _mark(figure, panels, result.events)
 
 

@@ -12,7 +12,7 @@ from simulations.report.other_results import SweepPoint, SweepResult
 from simulations.report.picture import draw
 from simulations.report.style import label_of
 from simulations.report.sweep_grid import AXES, METRICS, SweepGrid, axes_of, laid_out, metrics_of
-from simulations.report.tables import Column, Table, Value
+from simulations.report.tables import SIGNIFICANT, Column, Table, Value
 
 NUM_BEST = 8
 STATUS_TONES = {"ok": "good", "does not fit": "bad", "impossible": "quiet"}
@@ -94,10 +94,10 @@ def _table(points: Sequence[SweepPoint], name: str, caption: str, *, folded: boo
     return Table(
         name=name,
         caption=caption,
-        columns=[Column(title=AXES.get(axis, axis), form=",.6g") for axis in axes]
+        columns=[Column(title=AXES.get(axis, axis), form=SIGNIFICANT) for axis in axes]
         + [_column(key) for key in keys],
         rows=[
-            [*(_shown(p.point.get(axis)) for axis in axes), *(p.result.get(key) for key in keys)]
+            [*(_choice(axis, p) for axis in axes), *(p.result.get(key) for key in keys)]
             for p in points
         ],
         folded=folded,
@@ -106,10 +106,11 @@ def _table(points: Sequence[SweepPoint], name: str, caption: str, *, folded: boo
 
 def _column(key: str) -> Column:
     if key not in METRICS:
-        return Column(title=key.replace("_", " "), form=",.5g", tones=STATUS_TONES)
+        return Column(title=key.replace("_", " "), form=SIGNIFICANT, tones=STATUS_TONES)
     title, unit, better = METRICS[key]
-    return Column(title=title, unit=unit, form=",.5g", best=better)
+    return Column(title=title, unit=unit, form=SIGNIFICANT, best=better)
 
 
-def _shown(value: Value) -> Value:
-    return label_of(value) if isinstance(value, str) else value
+def _choice(axis: str, point: SweepPoint) -> Value:
+    value = point.point.get(axis)
+    return label_of(value) if axis == "policy" and isinstance(value, str) else value

@@ -45,7 +45,7 @@ def heat_tables(figure: Figure, grid: SweepGrid, metric: str) -> None:
         panels, grid.panels, table_MRC, merit_MRC, strict=False
     ):
         _table(axes, table_RC, merit_RC, norm, best)
-        axes.set_title(short(label_of(fact(name))) if grid.panel_axis else "")
+        axes.set_title(short(label_of(fact(name))) if grid.panel_axis == "policy" else "")
     _name_axes(figure, panels[0], grid)
 
 

@@ -12,12 +12,14 @@ import numpy as np
 from simulations.report.results import Series
 from simulations.report.values import FloatArray
 
+SIGNIFICANT = "significant"
+"""The form of numbers of very different size: five digits, or all before the point."""
 Value = str | float | int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """`form`: how a number is written ("" = text). `best`: which of the numbers is marked.
+    """`form`: how numbers are written ("" = a column of text). `best`: which of the numbers is marked.
 
     `tones`: the look of certain texts: "good", "bad" or "quiet".
     """
@@ -40,7 +42,11 @@ class Column:
             return "–"
         if isinstance(value, str):
             return value
-        return format(value, self.form).replace("-", "−") if self.form else f"{value:,}"
+        if self.form == SIGNIFICANT or not self.form:
+            text = f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.5g}"
+        else:
+            text = format(value, self.form)
+        return text.replace("-", "−")
 
 
 @dataclass(frozen=True, kw_only=True)
