@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import typer
 
-COMMANDS = ("balance", "serve", "sweep", "scoreboard", "claims", "report")
+COMMANDS = ("balance", "serve", "sweep", "scoreboard", "claims", "report", "twin")
 
 simulate = typer.Typer(
     no_args_is_help=True,

@@ -12,10 +12,13 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from cluster.config import EplbConfig
+from cluster.engine.runner import ROWS_SAMPLED
 from cluster.load_watch import LoadWatch
 from cluster.rebalance_draft import Draft, draft
 from router.load import LoadWindow
 from router.placement import Placement
+
+__all__ = ["ROWS_SAMPLED", "Looks", "Report", "report"]
 
 Report = Mapping[str, Any]
 

@@ -26,7 +26,8 @@ from comms.links import LinkSpeed
 from experts.migrate import MigrationError
 from simulations.looks import Looks, Report, report
 from simulations.noted import NotedChoice, NotedRail, NotedScheduler
-from simulations.recording import STAGES, Rebalance
+from simulations.recording import Rebalance
+from simulations.recording_checks import STAGES
 
 _POLL_S = 0.005
 

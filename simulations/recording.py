@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from cluster.config import ServeConfig
 from cluster.engine.sampling_params import SamplingParams
 from cluster.engine.scheduler import SchedulerConfig
+from cluster.engine.sequence import Sequence
 from cluster.model.config import ModelConfig, from_values
 from cluster.model.config_json import ConfigJson
 from cluster.model.errors import CheckpointError, UnsupportedModelError
@@ -45,36 +46,9 @@ from comms.links import LinkSpeed
 from router.load import LoadFileError
 from router.load_files import RECORDING, npz_arrays
 from router.placement import Placement
+from simulations.recording_checks import check_shapes, check_values
 
-STAGES = (
-    "dispatch/exchange",
-    "dispatch/scatter",
-    "combine/reduce",
-    "combine/exchange",
-    "dispatch",
-    "combine",
-    "counts/node",
-    "counts/rail",
-)
-"""By their numbers in `sent`."""
-
-_SHAPES = {
-    "routing": "TLK",
-    "chunks": "C4",
-    "steps": "I",
-    "epochs": "I",
-    "sampled": "X4",
-    "escapes": "X5",
-    "plans": "B",
-    "plan_ends": "J",
-    "slots": "TLK",
-    "slot_tokens": "QLS",
-    "routed": "NRLE",
-    "sent": "X6",
-    "seconds": "QR",
-    "phases": "QRP",
-}
-_FLOATS = ("seconds", "phases")
+MAX_BLOCKS = 1 << 24
 
 
 class Request(NamedTuple):
@@ -115,7 +89,7 @@ class Recording:
     arrays: dict[str, NDArray[Any]]
 
     def __post_init__(self) -> None:
-        _check_arrays(self)
+        self._check()
 
     @cached_property
     def model(self) -> ModelConfig:
@@ -138,6 +112,17 @@ class Recording:
             ranks_per_node=topology.ranks_per_node,
         )
 
+    @cached_property
+    def placements(self) -> list[Placement]:
+        """Those that were in force, by epoch."""
+        placements = [self.first_placement]
+        for rebalance in self.rebalances:
+            for layer, row in rebalance.rows:
+                if not 0 <= layer < self.model.num_moe_layers:
+                    raise ValueError(f"a rebalance of layer {layer}, which the model does not have")
+                placements.append(placements[-1].with_layers({layer: np.array(row, np.int64)}))
+        return placements
+
     def to_bytes(self) -> bytes:
         names = [field.name for field in fields(self) if field.name != "arrays"]
         header = {name: _plain(getattr(self, name)) for name in names}
@@ -150,6 +135,47 @@ class Recording:
             **self.arrays,
         )
         return buffer.getvalue()
+
+    def _check(self) -> None:
+        """ValueError unless the arrays agree with each other and with the header."""
+        model, topology, arrays = self.model, self.config.parallel.topology, self.arrays
+        sizes = {
+            "L": model.num_moe_layers,
+            "K": model.gate.num_experts_per_token,
+            "E": model.num_experts,
+            "R": topology.world_size,
+            "P": len(self.phase_names),
+        }
+        check_shapes(arrays, sizes)
+        num_slots = arrays["slot_tokens"].shape[2]
+        check_values(
+            arrays,
+            num_experts=model.num_experts,
+            num_slots=num_slots,
+            num_ranks=topology.world_size,
+            num_replicas=topology.num_replicas,
+        )
+        comms = self.config.comms
+        if len(arrays["escapes"]) and (comms.combine != "fixed" or comms.all2all_backend == "flat"):
+            raise ValueError("array 'escapes' must be empty: no sum crosses nodes in 16 bits")
+        if self.scheduler.num_blocks > MAX_BLOCKS:
+            raise ValueError(f"num_blocks({self.scheduler.num_blocks}) exceeds {MAX_BLOCKS}")
+        if self.first_placement.num_slots != num_slots:
+            raise ValueError(
+                f"array 'slot_tokens' has {num_slots} slots, the placement "
+                f"{self.first_placement.num_slots}"
+            )
+        looks = len(arrays["routed"])
+        if self.looks_every < 1 or looks != self.num_steps // self.looks_every:
+            raise ValueError(
+                f"{looks} looks, expected one every looks_every({self.looks_every}) of "
+                f"{self.num_steps} steps"
+            )
+        if any(not 1 <= rebalance.looks <= looks for rebalance in self.rebalances):
+            raise ValueError(f"a rebalance after more than {looks} looks, or after none")
+        epochs = arrays["epochs"]
+        if len(epochs) and not 0 <= epochs.min() <= epochs.max() < len(self.placements):
+            raise ValueError(f"epoch {epochs.max()} of {len(self.placements)} placements")
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "recording") -> Self:
@@ -200,86 +226,18 @@ def _header(text: str) -> dict[str, Any]:
         "links": None if links is None else LinkSpeed(**links),
         "looks_every": int(header["looks_every"]),
         "phase_names": tuple(str(name) for name in header["phase_names"]),
-        "requests": tuple(Request(*request) for request in header["requests"]),
+        "requests": tuple(_request(*request) for request in header["requests"]),
         "rebalances": tuple(
-            Rebalance(int(looks), int(epoch), [(int(layer), row) for layer, row in rows])
+            Rebalance(int(looks), int(epoch), [(int(layer), list(row)) for layer, row in rows])
             for looks, epoch, rows in header["rebalances"]
         ),
     }
 
 
-def _check_arrays(recording: Recording) -> None:
-    """ValueError unless the arrays are there, and agree with each other and with the header."""
-    arrays, topology = recording.arrays, recording.config.parallel.topology
-    placement, model = recording.first_placement, recording.model
-    sizes = {
-        "L": model.num_moe_layers,
-        "K": model.gate.num_experts_per_token,
-        "E": model.num_experts,
-        "S": placement.num_slots,
-        "R": topology.world_size,
-        "P": len(recording.phase_names),
-    }
-    if set(arrays) != set(_SHAPES):
-        odd = sorted(set(arrays) ^ set(_SHAPES))
-        raise ValueError(f"arrays are {sorted(arrays)}: {odd} missing or unknown")
-    for key, letters in _SHAPES.items():
-        _check_shape(key, arrays[key], letters, sizes)
-    if len(arrays["plan_ends"]) != len(arrays["steps"]) * topology.num_replicas:
-        raise ValueError("array 'plan_ends' must have one entry per iteration and replica")
-    _check_range("routing", arrays["routing"], -1, model.num_experts)
-    _check_range("slots", arrays["slots"], -1, placement.num_slots)
-    _check_range("steps", arrays["steps"], -1, recording.num_steps)
-    _check_range("epochs", arrays["epochs"], 0, 1 + sum(len(r.rows) for r in recording.rebalances))
-    _check_range("chunks", arrays["chunks"][:, 0], 0, recording.num_steps)
-    _check_range("chunks", arrays["chunks"][:, 1], 0, 1 << 10)
-    _check_range("chunks", arrays["chunks"][:, 2], 0, topology.world_size)
-    _check_range("chunks", arrays["chunks"][:, 3], 0, len(arrays["routing"]) + 1)
-    _check_range("sent", arrays["sent"][:, 2], 0, len(STAGES))
-    _check_range("plan_ends", np.diff(arrays["plan_ends"], prepend=0), 0, 1 + len(arrays["plans"]))
-    if int(arrays["chunks"][:, 3].sum()) != len(arrays["routing"]):
-        raise ValueError(
-            f"array 'chunks' tells of {arrays['chunks'][:, 3].sum()} tokens, 'routing' has "
-            f"{len(arrays['routing'])}"
-        )
-    if recording.looks_every < 1 or len(arrays["routed"]) != (
-        recording.num_steps // recording.looks_every
-    ):
-        raise ValueError(
-            f"{len(arrays['routed'])} looks, expected one every looks_every("
-            f"{recording.looks_every}) of {recording.num_steps} steps"
-        )
-    for rebalance in recording.rebalances:
-        if not 1 <= rebalance.looks <= len(arrays["routed"]):
-            raise ValueError(
-                f"a rebalance after {rebalance.looks} of {len(arrays['routed'])} looks"
-            )
-    if sorted(step for step in arrays["steps"].tolist() if step >= 0) != [
-        *range(recording.num_steps)
-    ]:
-        raise ValueError("array 'steps' must have every step once, in order")
-
-
-def _check_shape(key: str, array: NDArray[Any], letters: str, sizes: dict[str, int]) -> None:
-    """A letter is the same size everywhere, but X; a digit is itself."""
-    wanted = [int(x) if x.isdigit() else sizes.get(x, -1) for x in letters]
-    kind = "f" if key in _FLOATS else "iu"
-    fits = array.ndim == len(letters) and all(
-        want in (-1, have) for want, have in zip(wanted, array.shape, strict=False)
-    )
-    if not fits or array.dtype.kind not in kind:
-        shown = ", ".join(str(w) if w >= 0 else "any" for w in wanted)
-        kinds = "floats" if key in _FLOATS else "integers"
-        raise ValueError(
-            f"array '{key}' is {array.dtype} {list(array.shape)}, expected {kinds} [{shown}]"
-        )
-    sizes.update(
-        {x: n for x, n in zip(letters, array.shape, strict=True) if x.isalpha() and x != "X"}
-    )
-
-
-def _check_range(key: str, array: NDArray[Any], low: int, end: int) -> None:
-    if array.size and not (low <= int(array.min()) and int(array.max()) < end):
-        raise ValueError(
-            f"array '{key}' has {array.min()} to {array.max()}, expected {low} to {end - 1}"
-        )
+def _request(
+    iteration: int, replica: int, request_id: str, token_ids: list[int], sampling: dict[str, Any]
+) -> Request:
+    """Raises ValueError for a request that no engine would take."""
+    request = Request(int(iteration), int(replica), str(request_id), list(token_ids), sampling)
+    Sequence(request.request_id, request.token_ids, request.params)
+    return request
