@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router.load import LoadFileError, LoadWindow
+from router.load import LARGEST, LoadFileError, LoadWindow
 from router.load_dumps import MAX_EXPERTS, json_counts, torch_counts
 
 FORMAT = "expertmesh load window 1"
@@ -76,6 +76,26 @@ def read_routing(path: Path) -> dict[str, NDArray[np.integer[Any]]]:
         raise LoadFileError(f"{path}: {error.strerror or error}") from error
     _check_routing(arrays, str(path))
     return arrays
+
+
+def read_counts(path: Path) -> NDArray[np.float64]:
+    """[steps, layers, experts]: tokens of each expert, as a dump recorded them, in steps in which
+    anything happened; of a load window the mean batch, as one step.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise LoadFileError(f"{path}: {error.strerror or error}") from error
+    name = str(path)
+    if path.suffix == ".npz":
+        return load_window(data, name).estimate().mean_LE[None]
+    if path.suffix not in (".pt", ".json"):
+        raise LoadFileError(f"{name}: unknown kind '{path.suffix}', expected .npz, .pt or .json")
+    read = torch_counts if path.suffix == ".pt" else json_counts
+    counts_BLE = np.stack([*_steps(_checked_counts(read(data, name), name))] or [np.zeros((0, 0))])
+    if not (counts_BLE.size and counts_BLE.min() >= 0 and counts_BLE.max() <= LARGEST):
+        raise LoadFileError(f"{name}: counts must be from 0 to {LARGEST:.0e}, and not all 0")
+    return counts_BLE
 
 
 def expert_counts(ids_TLK: NDArray[np.integer[Any]], num_experts: int) -> NDArray[np.int64]:
@@ -151,7 +171,8 @@ def _routing_window(
     return window
 
 
-def _counts_window(counts: Any, name: str) -> LoadWindow:
+def _checked_counts(counts: Any, name: str) -> NDArray[np.float64]:
+    """[steps, layers, experts] of finite numbers."""
     try:
         counts_BLE = np.asarray(counts, dtype=np.float64)
     except (ValueError, TypeError, OverflowError) as error:
@@ -164,6 +185,11 @@ def _counts_window(counts: Any, name: str) -> LoadWindow:
         )
     if not np.isfinite(counts_BLE).all():
         raise LoadFileError(f"{name}: counts are not finite")
+    return counts_BLE
+
+
+def _counts_window(counts: Any, name: str) -> LoadWindow:
+    counts_BLE = _checked_counts(counts, name)
     window = LoadWindow(*counts_BLE.shape[1:])
     for step, counts_LE in enumerate(_steps(counts_BLE)):
         try:

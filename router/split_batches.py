@@ -18,11 +18,11 @@ from router.split import LayerSplit
 
 class BatchSplit:
     """The copies of one layer, prepared for many batches. All ranks are alike; of an expert's copies on
-    one rank only the first is used."""
+    one rank only the first is used. `one`: the same copies for one batch."""
 
     def __init__(self, layer: LayerPlacement) -> None:
         self.layer = layer
-        self._one = LayerSplit(layer)
+        self.one = LayerSplit(layer)
         slots_EC = layer.logical_to_physical
         ranks_EC = np.where(slots_EC >= 0, slots_EC // layer.slots_per_rank, -1)
         usable_EC = (ranks_EC >= 0) & (np.diff(ranks_EC, axis=1, prepend=-1) != 0)
@@ -48,7 +48,7 @@ class BatchSplit:
         """[B]: `LayerSplit.optimum` of each batch."""
         forest, counts_BE = self._forest_for(counts_BE)
         if forest is None:
-            return np.array([self._one.optimum(counts_E) for counts_E in counts_BE], dtype=np.int64)
+            return np.array([self.one.optimum(counts_E) for counts_E in counts_BE], dtype=np.int64)
         return forest.least_level(*self._loads(counts_BE))
 
     def divide(self, counts_BE: IntArray) -> IntArray:
@@ -58,8 +58,10 @@ class BatchSplit:
         if forest is None:
             held_EC = self.layer.logical_to_physical >= 0
             slots = self.layer.logical_to_physical[held_EC]
+            counts_NE = np.zeros((self.layer.num_nodes, self.layer.num_experts), dtype=np.int64)
             for slot_S, counts_E in zip(slot_BS, counts_BE, strict=True):
-                slot_S[slots] = self._one.divide(counts_E[None])[0][held_EC]
+                counts_NE[0] = counts_E
+                slot_S[slots] = self.one.divide(counts_NE).sum(axis=0)[held_EC]
             return slot_BS
         base_RB, tokens_AB = self._loads(counts_BE)
         room_RB = forest.least_level(base_RB, tokens_AB) - base_RB

@@ -1,0 +1,95 @@
+"""A workload as a stream of batches: how many tokens each expert gets, and some tokens' choices.
+
+Counts are drawn per layer as a multinomial of the step's shares: exact for tokens that choose
+independently of each other, but for the rule that a token chooses an expert once, which makes counts
+vary slightly less (variance times 1 - top_k * share instead of 1 - share). Every step has a generator
+of its own: a batch does not depend on how steps are asked for.
+
+B steps, O origins (groups of nodes whose tokens choose alike, 1 or all nodes), L layers, E experts,
+M sampled tokens of an origin, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router.gate import GateConfig
+from router.placement import IntArray
+from simulations.load_shares import LoadShape, Shares, Workload, limited, make_shares
+from simulations.token_rows import sample_rows
+
+Rows = NDArray[np.integer[Any]]
+
+COUNTS, ROWS, SHARES = range(3)
+"""What a generator is for: part of its seed."""
+
+
+class ExpertLoads(Protocol):
+    """Steps are asked for in ascending order, from 0. num_origins: 1, or as many as nodes."""
+
+    num_origins: int
+
+    def counts(self, start: int, stop: int) -> IntArray:
+        """[B, O, L, E]: (token, expert) pairs of each step's batch, equally many for each origin."""
+
+    def rows(self, step: int, num_tokens: int) -> Rows:
+        """ids [O, L, M, K] of so many tokens for each origin, as they are at that step; -1 = none."""
+
+
+class DrawnLoads:
+    """Batches drawn from shares. tokens: of a batch, all ranks together; jitter: log-sd by which each
+    expert's load varies from batch to batch, drawn for every origin apart.
+
+    Raises ValueError for tokens that do not divide over the origins.
+    """
+
+    def __init__(
+        self, shares: Shares, gate: GateConfig, *, tokens: int, jitter: float, seed: list[int]
+    ) -> None:
+        self._shares, self._gate = shares, gate
+        self._jitter, self._seed = jitter, seed
+        self.num_origins = len(shares.at(0))
+        self._pairs = tokens_of_origin(tokens, self.num_origins) * gate.num_experts_per_token
+
+    def counts(self, start: int, stop: int) -> IntArray:
+        return np.stack([self._batch(step) for step in range(start, stop)])
+
+    def rows(self, step: int, num_tokens: int) -> Rows:
+        rng = np.random.default_rng([*self._seed, ROWS, step])
+        return sample_rows(rng, self._shares.at(step), self._gate, num_tokens)
+
+    def _batch(self, step: int) -> IntArray:
+        rng = np.random.default_rng([*self._seed, COUNTS, step])
+        load_OLE = self._shares.at(step)
+        if self._jitter:
+            load_OLE = load_OLE * np.exp(self._jitter * rng.standard_normal(load_OLE.shape))
+        share_OLE = limited(load_OLE, 1 / self._gate.num_experts_per_token)
+        return rng.multinomial(self._pairs, share_OLE)
+
+
+class SyntheticLoads(DrawnLoads):
+    """Batches of a seeded workload."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        shape: LoadShape,
+        gate: GateConfig,
+        *,
+        tokens: int,
+        seed: list[int],
+    ) -> None:
+        shares = make_shares(workload, shape, [*seed, SHARES])
+        super().__init__(shares, gate, tokens=tokens, jitter=workload.jitter, seed=seed)
+
+
+def tokens_of_origin(tokens: int, num_origins: int) -> int:
+    """Of a batch; ValueError where they do not divide."""
+    if left := tokens % num_origins:
+        raise ValueError(
+            f"tokens of a step must divide over nodes: {tokens} % {num_origins} = {left}"
+        )
+    return tokens // num_origins
