@@ -1,6 +1,7 @@
 """config.json of every architecture, and refusal by name of what we cannot compute exactly."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -130,3 +131,10 @@ def test_unreadable_config_names_the_file(tmp_path, text):
 def test_impossible_heads_show_the_equation(tmp_path):
     with pytest.raises(ValueError, match="4 % 3 = 1"):
         ModelConfig.from_dir(write(tmp_path, "mixtral", num_key_value_heads=3))
+
+
+def test_kimi_k2_is_deepseek_v3_in_other_sizes(tmp_path):
+    """Its config.json names the architecture DeepseekV3ForCausalLM; only the model type differs."""
+    kimi = ModelConfig.from_dir(write(tmp_path, "deepseek_v3_qlora", model_type="kimi_k2"))
+    deepseek = ModelConfig.from_dir(write(tmp_path, "deepseek_v3_qlora"))
+    assert replace(kimi, architecture="deepseek_v3") == deepseek
