@@ -108,3 +108,20 @@ def sweep(
         num_points=len(points),
         interrupted=interrupted,
     )
+
+
+def best_points(results: Sequence[dict[str, Any]], tpot_ms: float) -> dict[str, int | None]:
+    """Places in `results` of the most tokens/s: of the cluster, of a rank, and the same among points
+    with at most `tpot_ms` per token. None where no point is; the first one of equals."""
+    ran = [place for place, result in enumerate(results) if result["status"] == "ok"]
+    quick = [place for place in ran if results[place]["tpot_ms"] <= tpot_ms]
+
+    def best(places: list[int], figure: str) -> int | None:
+        return max(places, key=lambda place: results[place][figure], default=None)
+
+    return {
+        "throughput": best(ran, "throughput"),
+        "tokens_per_s_per_rank": best(ran, "tokens_per_s_per_rank"),
+        "throughput_within_tpot": best(quick, "throughput"),
+        "tokens_per_s_per_rank_within_tpot": best(quick, "tokens_per_s_per_rank"),
+    }
