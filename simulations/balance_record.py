@@ -22,7 +22,8 @@ PART_OF_RUN, MOST_STEPS = 10, 500
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PolicyRecord:
-    """imbalance_TL: max / mean over ranks; planned_TL: what the plan in force promised. steps_s_T:
+    """imbalance_TL: max / mean over ranks; planned_TL: what the plan in force promised; difference_TL,
+    planned_difference: (max - min) / mean, the latter over steps and layers. steps_s_T:
     with what moving experts costs; bare_s_T: without. slowest_R: how often a rank had
     most tokens, ties shared.
     before_LR, after_LR: tokens of each rank / the layer's mean. rows, bytes: per token and layer.
@@ -30,6 +31,8 @@ class PolicyRecord:
 
     imbalance_TL: Array
     planned_TL: Array
+    difference_TL: Array
+    planned_difference: float
     steps_s_T: FloatArray
     bare_s_T: FloatArray
     slowest_R: FloatArray
@@ -63,6 +66,8 @@ class Recorder:
     def __init__(self, steps: int, num_layers: int, num_ranks: int, num_nodes: int) -> None:
         self._imbalance_TL = np.empty((steps, num_layers), dtype=np.float32)
         self._planned_TL = np.empty((steps, num_layers), dtype=np.float32)
+        self._difference_TL = np.empty((steps, num_layers), dtype=np.float32)
+        self._planned_difference = 0.0
         self._steps_s_T, self._bare_s_T = np.empty((2, steps))
         self._slowest_R = np.zeros(num_ranks)
         self._tenth = min(MOST_STEPS, max(1, steps // PART_OF_RUN))
@@ -78,6 +83,7 @@ class Recorder:
         bare_s_B: FloatArray,
         steps_s_B: FloatArray,
         planned_L: FloatArray,
+        planned_difference_L: FloatArray,
         traffic: list[LayerTraffic],
     ) -> None:
         """Of the next steps. rank_BLR: tokens; bare_s_B: seconds, steps_s_B: with what moves cost."""
@@ -88,6 +94,8 @@ class Recorder:
         slowest_BLR = rank_BLR == most_BL[..., None]
         self._imbalance_TL[here] = np.where(most_BL > 0, most_BL / mean_BL, 1.0)
         self._planned_TL[here] = planned_L
+        self._difference_TL[here] = (most_BL - rank_BLR.min(axis=2)) / mean_BL
+        self._planned_difference += steps * float(planned_difference_L.mean())
         self._steps_s_T[here], self._bare_s_T[here] = steps_s_B, bare_s_B
         self._slowest_R += (slowest_BLR / slowest_BLR.sum(axis=2, keepdims=True)).sum(axis=(0, 1))
         self._before_LR += rank_BLR[: max(0, self._tenth - done)].sum(axis=0)
@@ -105,6 +113,8 @@ class Recorder:
         return PolicyRecord(
             imbalance_TL=self._imbalance_TL[:done],
             planned_TL=self._planned_TL[:done],
+            difference_TL=self._difference_TL[:done],
+            planned_difference=self._planned_difference / max(1, done),
             steps_s_T=self._steps_s_T[:done],
             bare_s_T=self._bare_s_T[:done],
             slowest_R=self._slowest_R,

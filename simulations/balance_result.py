@@ -26,6 +26,7 @@ def policy_result(records: Sequence[PolicyRecord], tokens: int) -> dict[str, Any
     `throughput_bare` does not. Matrices by rank are those of the first unit.
     """
     imbalance = np.concatenate([record.imbalance_TL.ravel() for record in records])
+    difference = np.concatenate([record.difference_TL.ravel() for record in records])
     planned = np.mean([record.planned_TL.mean(dtype=np.float64) for record in records])
     steps_s = np.concatenate([record.steps_s_T for record in records])
     bytes_NN = np.mean([record.bytes_NN for record in records], axis=0)
@@ -35,6 +36,9 @@ def policy_result(records: Sequence[PolicyRecord], tokens: int) -> dict[str, Any
         "imbalance_mean": _round(imbalance.mean(dtype=np.float64)),
         "imbalance_p99": _round(np.quantile(imbalance, 0.99)),
         "planned_imbalance": _round(planned),
+        "difference_mean": _round(difference.mean(dtype=np.float64)),
+        "difference_p99": _round(np.quantile(difference, 0.99)),
+        "planned_difference": _round(np.mean([r.planned_difference for r in records])),
         "node_bytes_per_token": _round(bytes_NN.sum() - np.trace(bytes_NN)),
         "node_rows_per_token": _round(np.mean([record.node_rows for record in records])),
         "rank_bytes_per_token": _round(np.trace(bytes_NN)),

@@ -80,7 +80,7 @@ class PolicyRun:
         self._layers: list[LayerTraffic] = []
         self._rows_LTK: Rows | None = None
         self._source_T = np.zeros(0, dtype=np.int64)
-        self._planned_L = np.zeros(plans.placement.num_layers)
+        self._planned_L, self._planned_difference_L = np.zeros((2, plans.placement.num_layers))
         self._now_s = self._step_s = self._pause_s = 0.0
         self._follow(range(plans.placement.num_layers))
 
@@ -119,7 +119,13 @@ class PolicyRun:
         self._step_s = float(with_moves_B[-1])
         rank_BLR = _by_rank(slot_BLS, self._cost.deployment.num_ranks)
         self.recorder.add(
-            rank_BLR, times.layers, bare_B, with_moves_B, self._planned_L, self._layers
+            rank_BLR,
+            times.layers,
+            bare_B,
+            with_moves_B,
+            self._planned_L,
+            self._planned_difference_L,
+            self._layers,
         )
 
     def _until_change(self, most: int) -> int:
@@ -138,6 +144,7 @@ class PolicyRun:
             slot_BLS = self._division.slots(counts_LE[None, None, [layer]], slice(layer, layer + 1))
             rank_R = _by_rank(slot_BLS, self._cost.deployment.num_ranks)[0, 0]
             self._planned_L[layer] = rank_R.max() / rank_R.mean()
+            self._planned_difference_L[layer] = (rank_R.max() - rank_R.min()) / rank_R.mean()
             if self._layers:
                 self._layers[layer] = self._sampled(layer)
 
