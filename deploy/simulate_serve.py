@@ -118,7 +118,7 @@ def serve(
     ] = 128,
     max_num_batched_tokens: Annotated[
         int, typer.Option(help="Tokens of a replica's step.", rich_help_panel=_SERVER)
-    ] = 2048,
+    ] = 512,
     block_size: Annotated[
         int, typer.Option(help="Tokens of a block of KV cache.", rich_help_panel=_SERVER)
     ] = 64,

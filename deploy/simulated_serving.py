@@ -42,6 +42,7 @@ ARRIVALS = ("poisson", "bursts", "closed")
 NUM_REQUESTS = 2000
 MAX_REQUESTS = 10_000_000
 INTERRUPTED = 130
+SHOWN_REBALANCES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,10 +330,7 @@ def _show(result: dict[str, Any], seconds: float) -> None:
         table.add_row(name, value)
     console = Console(width=80, highlight=False)
     console.print(table)
-    for event in result["events"][:20]:
-        console.print(f"{event['time_s']:9.2f} s  {event['kind']}: {event['what']}")
-    if len(result["events"]) > 20:
-        console.print(f"... and {len(result['events']) - 20} more events")
+    _show_events(console, result["events"])
     if result["pareto"]:
         console.print(_pareto_table(result["pareto"]))
     for warning in result["warnings"]:
@@ -341,11 +339,29 @@ def _show(result: dict[str, Any], seconds: float) -> None:
         console.print("interrupted: this is what was done until then")
 
 
+def _show_events(console: Console, events: list[dict[str, Any]]) -> None:
+    """Of rebalances the first few, of ranks all."""
+    rebalances = [event for event in events if event["kind"] == "rebalance"]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right")
+    for event in events:
+        if event["kind"] != "rebalance" or event in rebalances[:SHOWN_REBALANCES]:
+            table.add_row(f"{event['time_s']:,.1f} s", event["kind"], event["what"])
+    console.print(table)
+    if len(rebalances) > SHOWN_REBALANCES:
+        console.print(f"and {len(rebalances) - SHOWN_REBALANCES} more rebalances")
+
+
 def _times(spread: dict[str, float | None], scale: float, unit: str) -> str:
     if spread["mean"] is None:
         return "none"
-    shown = (f"{name} {(value or 0) * scale:,.3g} {unit}" for name, value in spread.items())
-    return ", ".join(shown)
+    shown = (f"{name} {_short((value or 0) * scale)}" for name, value in spread.items())
+    return f"{', '.join(shown)} {unit}"
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _memory(memory: dict[str, float]) -> str:

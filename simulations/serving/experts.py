@@ -1,8 +1,8 @@
 """Where the experts of the serving cluster are, and how many tokens each slot gets in a step.
 
-Steps are drawn in pools, one for each size (to a fifth) that occurs, and dealt out in turn: their
-pairs divide over copies all at once, and again layer by layer where the placement changes. A step of
-another size within the fifth gets the same proportions.
+Steps are drawn in pools, one for each size (to a fifth) that occurs, and dealt out in turn, a few
+rounds of each pool before the next: their pairs divide over copies all at once, and again layer by
+layer where the placement changes. A step of another size within the fifth gets the same proportions.
 
 L expert layers, E logical experts, S slots of all ranks, B steps of a pool, R ranks.
 """
@@ -21,7 +21,7 @@ from simulations.serving.demand import Demand
 from simulations.serving.rebalance import Rebalancing
 from simulations.serving.record import Event
 
-POOL_STEPS = 16
+POOL_STEPS, ROUNDS = 16, 4
 SIZES_PER_DOUBLING = 4
 FloatArray = NDArray[np.float32]
 
@@ -104,11 +104,10 @@ class _Pool:
 
     def next(self, division: Division) -> tuple[NDArray[np.int64], FloatArray]:
         """(pairs of each expert [L, E], of each slot [L, S])."""
-        step = self._dealt % POOL_STEPS
-        if step == 0:
-            self._counts_BLE = self._demand.draw(
-                self.num_pairs, POOL_STEPS, self._dealt // POOL_STEPS
-            )
+        pool, deal = divmod(self._dealt, POOL_STEPS * ROUNDS)
+        step = deal % POOL_STEPS
+        if deal == 0:
+            self._counts_BLE = self._demand.draw(self.num_pairs, POOL_STEPS, pool)
             self.stale.update(range(self._demand.num_layers))
         if len(self.stale) == self._demand.num_layers:
             self._slot_BLS = division.slots(self._counts_BLE[:, None]).astype(np.float32)

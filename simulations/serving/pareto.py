@@ -53,9 +53,9 @@ def pareto_point(
             "max_model_len or the KV cache: no steady state"
         )
     start_s, end_s = finished[concurrency - 1].finish_s, finished[2 * concurrency - 1].finish_s
-    steps = simulation.record.steps()
-    inside = (steps["end_s"] > start_s) & (steps["end_s"] <= end_s)
-    rate = float(steps["output_tokens"][inside].sum()) / (end_s - start_s)
+    samples = simulation.record.samples()
+    inside = (samples["end_s"] > start_s) & (samples["end_s"] <= end_s)
+    rate = float(samples["output_tokens"][inside].sum()) / (end_s - start_s)
     settled = finished[concurrency : 2 * concurrency]
     tpot = tpot_s(settled)
     return {

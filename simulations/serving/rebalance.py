@@ -136,7 +136,8 @@ class Ours:
             self._under_way.append((done_s, layer, row_S))
         if not drafted.rows:
             return None
-        what = f"{moves} experts of {len(drafted.rows)} layers move until {done_s:.1f} s"
+        layers = f"{len(drafted.rows)} layer{'s' * (len(drafted.rows) != 1)}"
+        what = f"{moves} experts of {layers} move until {done_s:.1f} s"
         return Event(now_s, "rebalance", what)
 
 

@@ -53,10 +53,10 @@ def outcome(simulation: Simulation, served: Served) -> dict[str, Any]:
     """What happened to the requests."""
     front, record = simulation.front_end, simulation.record
     num_ranks = served.deployment.num_ranks
-    steps = record.steps()
-    computed = float(steps["input_tokens"].sum())
+    samples = record.samples()
+    computed = float(samples["input_tokens"].sum())
     ttft, tpot = ttft_s(front.finished), tpot_s(front.finished)
-    output = float(steps["output_tokens"].sum())
+    output = float(samples["output_tokens"].sum())
     prompts = sum(request.arrival.prompt_tokens for request in front.finished)
     duration_s = simulation.now_s or 1.0
     return {

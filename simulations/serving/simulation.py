@@ -18,7 +18,7 @@ from comms.topology import Topology
 from simulations.serving.arrivals import Arrival
 from simulations.serving.faults import REGROUP_S, Fault
 from simulations.serving.front_end import FrontEnd
-from simulations.serving.record import Event, Record, StepRecord
+from simulations.serving.record import Event, Record, Sample
 from simulations.serving.replica import IDLE, Replica, Work
 
 
@@ -73,6 +73,7 @@ class Simulation:
         """When each lost rank is back."""
         self._covered = True
         self._paused_until_s = 0.0
+        self._balancedness = 1.0
 
     def run(
         self, stop: Callable[[], bool] = lambda: False, progress: Callable[[], None] = lambda: None
@@ -81,7 +82,10 @@ class Simulation:
         while not stop():
             self._take_in()
             if self.now_s < self._paused_until_s:
-                self.now_s = min(self._paused_until_s, self._next_change_s())
+                self.now_s = min(
+                    self._paused_until_s, self._next_change_s(), self._next_arrival_s()
+                )
+                self._note()
                 continue
             work = [r.plan() if r.scheduler.has_work else IDLE for r in self.replicas]
             if any(w.tokens for w in work):
@@ -112,17 +116,20 @@ class Simulation:
             if its.tokens:
                 output += its.logits
                 self.front_end.take(replica, replica.finish(), end_s)
+        self._balancedness = step.balancedness
+        self._note(output, sum(w.tokens for w in work))
+
+    def _note(self, output_tokens: int = 0, input_tokens: int = 0) -> None:
+        waiting = sum(len(r.scheduler.waiting) for r in self.replicas)
         self.record.add(
-            StepRecord(
-                start_s=start_s,
-                end_s=end_s,
-                output_tokens=output,
-                input_tokens=sum(w.tokens for w in work),
+            Sample(
+                end_s=self.now_s,
+                output_tokens=output_tokens,
+                input_tokens=input_tokens,
                 running=sum(len(r.scheduler.running) for r in self.replicas),
-                waiting=sum(len(r.scheduler.waiting) for r in self.replicas)
-                + self.front_end.num_waiting_for_a_replica,
+                waiting=waiting + self.front_end.num_waiting_for_a_replica,
                 kv_usage=self._kv_usage(),
-                balancedness=step.balancedness,
+                balancedness=self._balancedness,
             )
         )
 
@@ -183,7 +190,7 @@ class Simulation:
             if self._covered
             else f"experts without another copy: all wait until {self._paused_until_s:.1f} s"
         )
-        what = f"rank {fault.rank} lost with replica {replica.idx}, {moved} requests sent again; {served}"
+        what = f"rank {fault.rank} lost with replica {replica.idx}, requests sent again: {moved}; {served}"
         self.record.events.append(Event(fault.time_s, "failure", what))
 
     def _return(self, now_s: float) -> None:

@@ -46,7 +46,7 @@ def test_users_of_a_closed_loop_get_what_is_left_of_a_step():
     sim = simulation(arrivals, stepper=FixedStepper(lambda work: step_s), concurrency=users)
     sim.run()
     assert sim.now_s == pytest.approx(300 * tokens * step_s / users)
-    steps = sim.record.steps()
+    steps = sim.record.samples()
     assert (steps["running"] + steps["waiting"] <= users).all()
 
 

@@ -92,7 +92,7 @@ def test_short_of_blocks_the_youngest_is_preempted_and_none_is_lost():
     sim.run()
     assert sim.replicas[0].num_preemptions > 0
     assert [r.emitted for r in sim.front_end.finished] == [60] * 4
-    assert sim.record.steps()["kv_usage"].max() > 0.9
+    assert sim.record.samples()["kv_usage"].max() > 0.9
 
 
 def test_a_lost_replica_s_requests_go_on_elsewhere():
@@ -111,7 +111,7 @@ def test_a_lost_replica_s_requests_go_on_elsewhere():
     assert work[1].tokens == 64
     [event] = [event for event in sim.record.events if event.kind == "failure"]
     assert event.time_s == 1.05
-    assert "2 requests sent again" in event.what
+    assert "requests sent again: 2;" in event.what
 
 
 def test_experts_without_a_copy_that_lives_hold_everybody_up():
