@@ -151,6 +151,24 @@ def rebalance(
 
 
 @app.command()
+def calibrate(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Whose sizes: a preset, or a config.json. [default: by device]"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few sizes, to try it.")] = False,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write it.")] = Path(
+        "calibration.json"
+    ),
+) -> None:
+    """Measure this machine, so that `simulate` can predict clusters of it."""
+    from deploy.calibrate import calibrate_command
+
+    raise typer.Exit(calibrate_command(device, model, quick=quick, out=out))
+
+
+@app.command()
 def demo(json_file: JsonFile = None) -> None:
     """Start 2 logical nodes x 2 ranks here, stream three completions, show the traffic, stop."""
     from deploy.demo import demo_command

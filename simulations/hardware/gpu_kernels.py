@@ -174,3 +174,47 @@ def _quantise(x, out, scales, H: tl.constexpr, GROUP: tl.constexpr, GATED: tl.co
     scale = tl.maximum(tl.max(tl.abs(values), 1), 1e-4) / 448.0
     tl.store(out + row * H + at, (values / scale[:, None]).to(out.dtype.element_ty))
     tl.store(scales + row * (H // 128) + blocks, scale)
+
+
+def choose_experts(
+    logits_TE: Tensor, bias_E: Tensor, groups: int, kept: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V3's choice: (ids_TK, weights_TK); sigmoid, the `kept` groups with the largest sum of
+    two best, renormalised. Powers of two only."""
+    num_rows, num_experts = logits_TE.shape
+    ids_TK = torch.empty(num_rows, k, device="cuda", dtype=torch.int64)
+    weights_TK = torch.empty(num_rows, k, device="cuda")
+    _choose_experts[(num_rows,)](
+        logits_TE, bias_E, ids_TK, weights_TK,
+        E=num_experts, G=groups, KEPT=kept, K=k, num_warps=1,
+    )  # fmt: skip
+    return ids_TK, weights_TK
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _choose_experts(  # type: ignore[no-untyped-def]
+    logits, bias, ids, weights,
+    E: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    row, group, inside = tl.program_id(0), tl.arange(0, G), tl.arange(0, E // G)
+    at = group[:, None] * (E // G) + inside[None, :]
+    scores = tl.sigmoid(tl.load(logits + row * E + at).to(tl.float32))
+    choice = scores + tl.load(bias + at)
+    best = tl.max(choice, 1)
+    others = tl.where(inside[None, :] == tl.argmax(choice, 1)[:, None], -1e30, choice)
+    sums = best + tl.max(others, 1)
+    ahead = (sums[None, :] > sums[:, None]) | (
+        (sums[None, :] == sums[:, None]) & (group[None, :] < group[:, None])
+    )
+    choice = tl.where(tl.sum(ahead.to(tl.int32), 1)[:, None] < KEPT, choice, -1e30)
+    left, flat, number = tl.reshape(choice, [E]), tl.reshape(scores, [E]), tl.arange(0, E)
+    place = tl.arange(0, K)
+    chosen, chosen_scores = tl.zeros([K], tl.int64), tl.zeros([K], tl.float32)
+    for k in tl.static_range(K):
+        expert = tl.argmax(left, 0)
+        score = tl.sum(tl.where(number == expert, flat, 0.0), 0)
+        chosen = tl.where(place == k, expert.to(tl.int64), chosen)
+        chosen_scores = tl.where(place == k, score, chosen_scores)
+        left = tl.where(number == expert, -1e30, left)
+    tl.store(ids + row * K + place, chosen)
+    tl.store(weights + row * K + place, chosen_scores / tl.sum(chosen_scores, 0))

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-SIZES = tuple(4096 << (2 * i) for i in range(9))  # 4 kB ... 256 MB
+EXPERT_BYTES = 3 * 7168 * 2048  # of DeepSeek-V3 in float8: what moving one takes
+SIZES = tuple(sorted([EXPERT_BYTES, *(4096 << (2 * i) for i in range(9))]))  # 4 kB ... 256 MB
 
 
 def link_times(sizes: Sequence[int] = SIZES) -> dict[str, Any]:
     """{"bytes": [...], "one_way_s": [...], "both_ways_s": [...]} between GPUs 0 and 1.
 
-    Peer copies without a host between them; None where there is one GPU only.
+    Peer copies that follow each other without the host between them.
     """
     return {
         "bytes": list(sizes),

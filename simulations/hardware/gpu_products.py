@@ -171,17 +171,13 @@ def _expert_weights(num_experts: int, n: int, k: int) -> Tensor:
     return torch.randn(num_experts, n, k, device="cuda", dtype=torch.bfloat16)
 
 
-def skewed_counts(num_experts: int, mean: int) -> dict[str, list[int]]:
+def skewed_counts(num_experts: int, mean: int) -> list[list[int]]:
     """The same number of rows spread evenly, as 1/rank^1.2, and all to one expert."""
     total = num_experts * mean
     weight_G = 1.0 / np.arange(1, num_experts + 1) ** 1.2
-    zipf = np.floor(weight_G / weight_G.sum() * total).astype(int)
-    zipf[0] += total - zipf.sum()
-    return {
-        "uniform": [mean] * num_experts,
-        "zipf": zipf.tolist(),
-        "one-hot": [total] + [0] * (num_experts - 1),
-    }
+    zipf_G = np.floor(weight_G / weight_G.sum() * total).astype(int)
+    zipf_G[0] += total - zipf_G.sum()
+    return [[mean] * num_experts, zipf_G.tolist(), [total] + [0] * (num_experts - 1)]
 
 
 def works(hidden: int, intermediate: int) -> dict[str, Callable[[], object]]:

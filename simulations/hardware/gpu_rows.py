@@ -4,6 +4,7 @@ memory, and what a launch costs."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -11,61 +12,75 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simulations.hardware.gpu_kernels import quantise, rms_norm
+from cluster.model.config import MlaConfig, ModelConfig
+from router.gate import Gate
+from simulations.hardware.gpu_kernels import choose_experts, quantise, rms_norm
 from simulations.hardware.gpu_products import random_float8, spread
 from simulations.hardware.gpu_timing import Call, copies_of, seconds_of
 from simulations.hardware.tables import table_json
 
-Maker = Callable[[int], Call]
+
+def row_tables(model: ModelConfig, rows: Sequence[int]) -> dict[str, Any]:
+    """{"rows/<operation>/<channels read>": table over "tokens"}, and what the cost model looks up:
+    "elementwise/attention/<hidden>", all of attention but products and core."""
+    hidden, intermediate = model.hidden_size, model.expert_intermediate_size
+    normed, quantised = {hidden}, {hidden}
+    if isinstance(model.attention, MlaConfig):
+        normed |= {model.attention.q_lora_rank, model.attention.kv_lora_rank}
+        output = model.attention.num_heads * model.attention.v_head_dim
+        quantised |= {model.attention.q_lora_rank, output}
+    tables = {f"rows/norm/{h}": _table(rows, _norms(h)) for h in sorted(normed - {0})}
+    tables |= {f"rows/quantise/{h}": _table(rows, _quantises(h)) for h in sorted(quantised - {0})}
+    parts = list(tables)
+    total = np.sum([tables[name]["values"] for name in parts], axis=0)
+    tables[f"elementwise/attention/{hidden}"] = table_json(
+        {"tokens": rows}, total, what=f"sum of {', '.join(parts)}; without rotation, cache write"
+    )
+    tables[f"rows/swiglu_quantise/{2 * intermediate}"] = _table(
+        rows, _quantises(2 * intermediate, gated=True)
+    )
+    tables[f"rows/permute/{hidden}"] = _table(rows, lambda tokens: _permutes(tokens, hidden))
+    return tables
 
 
-def row_tables(hidden: int, intermediate: int, rows: Sequence[int]) -> dict[str, Any]:
-    """{"rows/<operation>/<channels read>": table over "tokens"} for norm, quantise, swiglu_quantise
-    (an expert's activation) and permute."""
-    ops: dict[str, tuple[Callable[[Tensor], object], int]] = {
-        "norm": (lambda x: rms_norm(x, gain_H), hidden),
-        "quantise": (quantise, hidden),
-        "swiglu_quantise": (lambda x: quantise(x, gated=True), 2 * intermediate),
-    }
-    gain_H = _random(hidden)
-    tables = {
-        f"rows/{name}/{width}": _table(rows, lambda t, op=op, width=width: _calls(op, t, width))  # type: ignore[misc]
-        for name, (op, width) in ops.items()
-    }
-    return {**tables, f"rows/permute/{hidden}": _table(rows, lambda t: _permutes(t, hidden))}
+def gate_tables(model: ModelConfig, rows: Sequence[int]) -> dict[str, Any]:
+    """ "gate/<experts>x<hidden>": norm, product in bfloat16, and DeepSeek-V3's choice of experts."""
+    gate, hidden = model.gate, model.hidden_size
+    gain_H, w_EH = _random(hidden), _random(gate.num_experts, hidden)
+    bias_E = torch.randn(gate.num_experts, device="cuda")
+
+    def choose(x_TH: Tensor) -> object:
+        logits_TE = torch.mm(rms_norm(x_TH, gain_H), w_EH.t())
+        return choose_experts(
+            logits_TE, bias_E, gate.num_groups, gate.num_groups_per_token,
+            gate.num_experts_per_token,
+        )  # fmt: skip
+
+    table = _table(rows, lambda tokens: _calls(choose, tokens, hidden))
+    return {f"gate/{gate.num_experts}x{hidden}": table}
 
 
-def choice_tables(
-    num_experts: int, groups: int, kept: int, k: int, rows: Sequence[int]
-) -> dict[str, Any]:
-    """One table over "tokens": sigmoid, groups by their two best experts, the k best of those."""
-
-    def call(tokens: int) -> list[Call]:
-        logits_TE = torch.randn(tokens, num_experts, device="cuda")
-        bias_E = torch.randn(num_experts, device="cuda")
-
-        def choose() -> Tensor:
-            scores = logits_TE.sigmoid()
-            grouped = (scores + bias_E).view(tokens, groups, -1)
-            best = grouped.topk(2, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
-            dropped = torch.ones(tokens, groups, device="cuda", dtype=torch.bool)
-            dropped = dropped.scatter_(1, best, False)
-            ids = grouped.masked_fill(dropped.unsqueeze(2), -torch.inf).flatten(1).topk(k).indices
-            weights = scores.gather(1, ids)
-            return weights / weights.sum(1, keepdim=True)
-
-        return [choose]
-
-    table = _table(rows, call, kernel="torch operations, not fused")
-    return {f"rows/gate_choice/{num_experts}": table}
+def gate_disagreement(model: ModelConfig) -> float:
+    """Share of tokens for which our kernel and the production gate choose other experts."""
+    config = replace(model.gate, scoring="sigmoid", group_score="top2_sum", renormalize=True)
+    bias_E = torch.randn(config.num_experts, device="cuda")
+    logits_TE = torch.randn(1000, config.num_experts, device="cuda")
+    gate = Gate(config, torch.zeros(config.num_experts, 1, device="cuda"), bias_E)
+    expected_TK, _ = gate.choose(logits_TE)
+    found_TK, _ = choose_experts(
+        logits_TE, bias_E, config.num_groups, config.num_groups_per_token,
+        config.num_experts_per_token,
+    )  # fmt: skip
+    same_T = (found_TK.sort(1).values == expected_TK.sort(1).values).all(1)
+    return float(1 - same_T.float().mean())
 
 
 def memory_bandwidth() -> dict[str, float]:
-    """Bytes/s: "copy" counts those read and those written; "read" is a maximum over 1 GB."""
+    """Bytes/s: "write" counts those read and those written; "read" is a maximum over 1 GB."""
     x = torch.randn(1 << 15, 1 << 14, device="cuda", dtype=torch.bfloat16)
     y = torch.empty_like(x)
     return {
-        "copy": 2 * x.nbytes / seconds_of([lambda: y.copy_(x)]).p50,
+        "write": 2 * x.nbytes / seconds_of([lambda: torch.neg(x, out=y)]).p50,
         "read": x.nbytes / seconds_of([lambda: torch.amax(x, dim=1)]).p50,
     }
 
@@ -102,8 +117,17 @@ def _table(rows: Sequence[int], calls: Callable[[int], list[Call]], **notes: Any
     return table_json({"tokens": rows}, [t.p50 for t in times], p99_over_p50=spread(times), **notes)
 
 
-def _calls(op: Callable[[Tensor], object], tokens: int, width: int) -> list[Call]:
-    inputs = copies_of(lambda: _random(tokens, width), 2.0 * tokens * width)
+def _norms(channels: int) -> Callable[[int], list[Call]]:
+    gain_H = _random(channels)
+    return lambda tokens: _calls(lambda x: rms_norm(x, gain_H), tokens, channels)
+
+
+def _quantises(channels: int, *, gated: bool = False) -> Callable[[int], list[Call]]:
+    return lambda tokens: _calls(lambda x: quantise(x, gated=gated), tokens, channels)
+
+
+def _calls(op: Callable[[Tensor], object], tokens: int, channels: int) -> list[Call]:
+    inputs = copies_of(lambda: _random(tokens, channels), 2.0 * tokens * channels)
     return [lambda x=x: op(x) for x in inputs]  # type: ignore[misc]
 
 

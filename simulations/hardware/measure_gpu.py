@@ -14,7 +14,6 @@ from cluster.model.config import MlaConfig, ModelConfig
 from simulations import arithmetic
 from simulations.hardware import gpu_links, gpu_occupied, gpu_products, gpu_rows
 from simulations.hardware.gpu_timing import ClockLog, warm_up
-from simulations.hardware.tables import Table
 
 Say = Callable[[str], None]
 
@@ -118,7 +117,7 @@ def _memory() -> tuple[dict[str, Any], dict[str, Any]]:
 def shapes_of(model: ModelConfig) -> list[tuple[int, int]]:
     """[n, k] of every product of a whole weight with a step's rows."""
     work = arithmetic.attention(model)
-    gemms = [*work.before, *work.after, *arithmetic.dense_mlp(model)]
+    gemms = [*work.before, *work.before_prefill, *work.after, *arithmetic.dense_mlp(model)]
     gemms += [*arithmetic.shared_expert(model), arithmetic.gate(model), arithmetic.head(model)]
     return sorted({(gemm.n, gemm.k) for gemm in gemms if gemm.count == 1 and gemm.params})
 
@@ -141,26 +140,23 @@ def _products(
 
 
 def _experts(model: ModelConfig, sizes: Sizes, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """And how skewed counts compare with the sum over experts that the cost model makes of them."""
+    """And counts that differ, to see what the cost model makes of them."""
     experts = gpu_products.Experts(model.hidden_size, model.expert_intermediate_size, dtype)
     tables = experts.tables(sizes.experts, sizes.tokens_per_expert)
     skews = {
-        f"{number} experts x {mean} rows, {name}": float(f"{experts.seconds(counts).p50:.4g}")
+        ",".join(map(str, counts)): float(f"{experts.seconds(counts).p50:.4g}")
         for number, mean in SKEWS
-        for name, counts in gpu_products.skewed_counts(number, mean).items()
+        for counts in gpu_products.skewed_counts(number, mean)
     }
     return tables, {f"skewed_experts_s/{dtype}": skews}
 
 
 def _rows(model: ModelConfig, sizes: Sizes) -> tuple[dict[str, Any], dict[str, Any]]:
-    gate = model.gate
-    tables = gpu_rows.row_tables(model.hidden_size, model.expert_intermediate_size, sizes.rows)
-    if gate.num_groups > 1:
-        tables |= gpu_rows.choice_tables(
-            gate.num_experts, gate.num_groups, gate.num_groups_per_token,
-            gate.num_experts_per_token, sizes.rows,
-        )  # fmt: skip
-    return tables, {}
+    tables = gpu_rows.row_tables(model, sizes.rows)
+    if model.gate.num_groups == 1:
+        return tables, {}  # our kernel chooses among groups
+    tables |= gpu_rows.gate_tables(model, sizes.rows)
+    return tables, {"gate_disagreement": gpu_rows.gate_disagreement(model)}
 
 
 def _attention(model: ModelConfig, sizes: Sizes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -184,20 +180,3 @@ def _occupied(model: ModelConfig, sizes: Sizes) -> tuple[dict[str, Any], dict[st
     hidden, intermediate = model.hidden_size, model.expert_intermediate_size
     works = gpu_products.works(hidden, intermediate)
     return {}, {"held_multiprocessors": gpu_occupied.slowdowns(works, sizes.held)}
-
-
-def check_skews(tables: dict[str, Any], measured: dict[str, Any]) -> dict[str, float]:
-    """Predicted over measured seconds of the skewed counts: each expert as if it were alone."""
-    ratios = {}
-    for key, skews in measured.items():
-        if not key.startswith("skewed_experts_s/"):
-            continue
-        dtype = key.split("/")[1]
-        name = next(n for n in tables if n.startswith(f"grouped_gemm/{dtype}/"))
-        table = Table.from_json(tables[name])
-        for what, seconds in skews.items():
-            number, mean = int(what.split()[0]), int(what.split()[3])
-            counts = gpu_products.skewed_counts(number, mean)[what.split(", ")[1]]
-            alone = sum(float(table.at(experts=1, tokens_per_expert=c)) for c in counts if c)
-            ratios[f"{dtype}: {what}"] = round(alone / seconds, 3)
-    return ratios

@@ -75,13 +75,12 @@ class Table:
             for name, x in sizes.items()
         )
 
-    def without(self, name: str, index: int) -> Table:
-        """The table less one point of one axis: what a prediction of that point may know."""
+    def without(self, name: str, indices: Sequence[int]) -> Table:
+        """Less some points of one axis: what a prediction of those points may know."""
         axis = list(self.axes).index(name)
-        points = tuple(x for i, x in enumerate(self.axes[name]) if i != index)
-        return Table(
-            axes={**self.axes, name: points}, values=np.delete(self.values, index, axis=axis)
-        )
+        points = tuple(x for i, x in enumerate(self.axes[name]) if i not in indices)
+        values = np.delete(self.values, list(indices), axis=axis)
+        return Table(axes={**self.axes, name: points}, values=values)
 
 
 def table_json(axes: Mapping[str, Sequence[float]], values: Any, **notes: Any) -> dict[str, Any]:
