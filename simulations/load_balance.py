@@ -53,8 +53,8 @@ class BalanceSpec:
     """A run. Raises ValueError for what cannot be, naming it.
 
     tokens_per_rank: of a step; in "decode" sequences with `context` keys each, in "prefill" prompts of
-    `context` tokens. interval: steps between two looks of our policy; eplb_interval: between EPLB's
-    plans (SGLang's usual 1,000). bandwidth: bytes/s of weights that a rank of ours may receive.
+    `context` tokens. interval: steps between two looks of our policy; window: steps that it
+    remembers (EplbConfig's 64 looks of 1 s); eplb_interval: between EPLB's plans (SGLang's usual 1,000). bandwidth: bytes/s of weights that a rank of ours may receive.
     resplit_s: what counting and dividing a batch adds to each layer of `ours`; 0: all of it is hidden.
     """
 
@@ -68,6 +68,7 @@ class BalanceSpec:
     context: int = 4096
     phase: Phase = "decode"
     interval: int = 50
+    window: int = 1000
     eplb_interval: int = 1000
     bandwidth: float = 1e9
     resplit_s: float = 0.0
@@ -82,7 +83,15 @@ class BalanceSpec:
             raise ValueError(f"policies must be different ones of {', '.join(POLICIES)}")
         if self.phase not in get_args(Phase):
             raise ValueError(f"unknown phase {self.phase!r}: decode or prefill")
-        for name in ("steps", "tokens_per_rank", "context", "interval", "eplb_interval", "units"):
+        for name in (
+            "steps",
+            "tokens_per_rank",
+            "context",
+            "interval",
+            "window",
+            "eplb_interval",
+            "units",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.bandwidth > 0 or not self.resplit_s >= 0 or self.seed < 0:
@@ -213,7 +222,8 @@ def _unit(
 def _plans(name: str, spec: BalanceSpec, warm_up: list[Any], options: PolicyOptions) -> Plans:
     topology, slots = spec.deployment.topology, spec.deployment.slots_per_rank
     if name in ("static", "ours"):
-        return Ours(warm_up, topology, slots, options)
+        looks = max(1.0, spec.window / spec.interval)
+        return Ours(warm_up, topology, slots, options, horizon=looks)
     load_LE = sum(warm_up) / len(warm_up)
     if name == "none":
         return Fixed(load_LE, topology, slots)
@@ -284,6 +294,7 @@ def _result(
         "context": spec.context,
         "phase": spec.phase,
         "interval": spec.interval,
+        "window": spec.window,
         "eplb_interval": spec.eplb_interval,
         "steps_per_s": 0.0,
         "warnings": list(warnings),

@@ -156,7 +156,8 @@ class Eplb:
 
 
 class Ours:
-    """The production window, policy and planner. warm_up: counts of a few looks before the start."""
+    """The production window, policy and planner. warm_up: counts of a few looks before the start;
+    horizon: looks that the window remembers."""
 
     def __init__(
         self,
@@ -164,9 +165,11 @@ class Ours:
         topology: Topology,
         slots_per_rank: int,
         options: PolicyOptions,
+        *,
+        horizon: float = 64.0,
     ) -> None:
         looks = list(warm_up)
-        self._window = LoadWindow(*looks[0].shape, sample_tokens=0)
+        self._window = LoadWindow(*looks[0].shape, horizon=horizon, sample_tokens=0)
         for counts_LE in looks:
             self._window.add(counts_LE)
         self._policy = Policy(options)
