@@ -40,7 +40,7 @@ from simulations.serving.simulation import Simulation
 
 ARRIVALS = ("poisson", "bursts", "closed")
 NUM_REQUESTS = 2000
-MAX_REQUESTS = 10_000_000
+MAX_REQUESTS = 1_000_000
 INTERRUPTED = 130
 SHOWN_REBALANCES = 8
 
@@ -172,6 +172,8 @@ class _Run:
             )
         if options.duration is not None and not 0 < options.duration <= 1e9:
             raise ValueError(f"--duration must be above 0 s, got {options.duration:g}")
+        if options.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {options.seed}")
         if options.concurrency < 1:
             raise ValueError(f"--concurrency must be at least 1, got {options.concurrency}")
         if options.trace is not None:

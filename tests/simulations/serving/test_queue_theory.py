@@ -20,7 +20,7 @@ def test_one_request_a_step_is_an_md1_queue(load):
     """One sequence at a time, whose prompt's step gives its only token: a server of fixed time."""
     service_s = 0.05
     arrivals = open_arrivals(
-        rate=load / service_s, num_requests=60_000, prompt=ONE, output=ONE, seed=3
+        rate=load / service_s, num_requests=40_000, prompt=ONE, output=ONE, seed=3
     )
     sim = simulation(
         arrivals,
