@@ -82,5 +82,5 @@ def _put(finished: Path, directory: Path) -> None:
     for name in sorted(names, key=lambda name: name == PAGE):  # the page last: it shows the others
         (finished / name).replace(directory / name)
     for name in stale:
-        if Path(name).name == name:
-            (directory / name).unlink(missing_ok=True)
+        if Path(name).name == name and (directory / name).is_file():
+            (directory / name).unlink()

@@ -4,10 +4,12 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 
 from simulations.report.picture import Picture
 from simulations.report.results import Result
 from simulations.report.tables import DataFile, Table
+from simulations.report.values import fact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,8 @@ def slugs(names: Iterable[str]) -> list[str]:
     given: list[str] = []
     for name in names:
         slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "x"
-        given.append(slug if slug not in given else f"{slug}-{len(given)}")
+        others = (f"{slug}-{number}" for number in count(2))
+        given.append(next(free for free in chain([slug], others) if free not in given))
     return given
 
 
@@ -85,7 +88,7 @@ def facts_of(result: Result) -> list[tuple[str, str]]:
         ("cluster", _all_of(result.cluster)),
         ("workload", _all_of(result.workload)),
         ("steps", "" if result.steps is None else f"{result.steps:,}"),
-        ("tokens per rank", f"{result.tokens_per_rank:,.10g}"),
+        ("tokens per rank", fact(result.tokens_per_rank)),
         ("seed", result.seed),
         ("calibration", constants if result.calibration.name or result.calibration.hash else ""),
         ("expertmesh", result.version),

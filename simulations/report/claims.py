@@ -24,7 +24,7 @@ def claims_chapter(result: ClaimsResult, name: str) -> Chapter:
             Column(title="measured", wide=True),
             Column(title="verdict", tones=VERDICTS),
             Column(title="why", wide=True),
-            Column(title="command", wide=True),
+            Column(title="command", wide=True, code=True),
         ],
         rows=[
             (

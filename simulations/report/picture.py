@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from simulations.report.style import INK, styled
@@ -43,20 +44,15 @@ def draw(
 ) -> Picture:
     """Make a figure of this size (inches), let `paint` fill it, and save it both ways."""
     with styled():
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = Figure(figsize=(width, height), dpi=2 * PIXELS_PER_INCH, layout="constrained")
         paint(figure)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # done once, for both files
         svg, png = io.StringIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-        figure.savefig(
-            png,
-            format="png",
-            dpi=2 * PIXELS_PER_INCH,
-            facecolor="white",
-            metadata={"Software": None},
-        )
+        # Not by `savefig`, which draws everything once more to find a size that is given here.
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})  # type: ignore[no-untyped-call]
+        figure.set_facecolor("white")
+        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # type: ignore[no-untyped-call]
     return Picture(
         name=name,
         title=title,

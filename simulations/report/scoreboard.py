@@ -54,7 +54,7 @@ def _pictures(result: ScoreboardResult, name: str) -> Section | None:
                 "Predicted against published",
                 "On the line the prediction is exact; to the right, how far from it. Circles were "
                 "predicted blind; squares are figures that constants were taken from.",
-                "Predicted against published values on logarithmic scales, and their ratio with bands "
+                "Predicted against published values on logarithmic scales, and their errors with bands "
                 "of 5 and of 10 per cent.",
                 partial(figures.scatter, targets=drawn),
                 height=4.6,

@@ -20,8 +20,8 @@ def usable(targets: Sequence[Target]) -> list[Target]:
 
 
 def scatter(figure: Figure, targets: Sequence[Target]) -> None:
-    """Predicted against published, and their ratio, which shows what a scale of decades cannot."""
-    both, ratio = figure.subplots(1, 2)
+    """Predicted against published, and the errors, which a scale of decades cannot show."""
+    both, off = figure.subplots(1, 2)
     for blind, (colour, marker, label) in LOOKS.items():
         mine = [target for target in targets if target.blind == blind]
         if mine:
@@ -29,18 +29,18 @@ def scatter(figure: Figure, targets: Sequence[Target]) -> None:
             predicted = np.array([target.predicted for target in mine])
             look: dict[str, Any] = {"color": colour, "marker": marker, "s": 32, "zorder": 3}
             both.scatter(published, predicted, label=label, **look)
-            ratio.scatter(published, predicted / published, **look)
+            off.scatter(published, 100 * (predicted / published - 1), **look)
     values = [value for t in targets for value in (t.published, t.predicted)]
     ends = np.array([min(values) / 1.6, max(values) * 1.6])
     for share in reversed(WITHIN):
         band: dict[str, Any] = {"color": FAINT, "alpha": 0.25, "linewidth": 0}
         both.fill_between(ends, ends * (1 - share), ends * (1 + share), **band)
-        ratio.axhspan(1 - share, 1 + share, label=f"within ±{100 * share:.0f} %", **band)
+        off.axhspan(-100 * share, 100 * share, **band)
     both.plot(ends, ends, color=INK, linewidth=0.9)
-    ratio.axhline(1, color=INK, linewidth=0.9)
+    off.axhline(0, color=INK, linewidth=0.9)
     both.set(xscale="log", yscale="log", xlim=ends, ylim=ends, ylabel="predicted")
-    ratio.set(xscale="log", xlim=ends, ylabel="predicted / published")
-    for axes in (both, ratio):
+    off.set(xscale="log", xlim=ends, ylabel="error (%); bands: ±5 %, ±10 %")
+    for axes in (both, off):
         axes.set_xlabel("published (each in its own unit)")
         axes.grid(visible=True)
         axes.xaxis.set_major_formatter("{x:,g}")

@@ -77,7 +77,7 @@ def over_time(figure: Figure, result: ServeResult) -> None:
         axes.margins(x=0.01)
         if label != rows[-1][0]:
             axes.set_ylim(0, None)
-            axes.yaxis.set_major_formatter("{x:,.0f}")
+            axes.yaxis.set_major_formatter("{x:,g}")
         if len(curves) > 1:
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     panels[-1].set_xlabel("time (s)")

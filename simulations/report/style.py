@@ -118,4 +118,4 @@ def readable_on(colour: tuple[float, float, float, float]) -> str:
     """Black or white, whichever is easier to read on this colour (WCAG relative luminance)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#ffffff" if luminance < 0.18 else "#101418"
+    return "#ffffff" if luminance < 0.179 else "#000000"

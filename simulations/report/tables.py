@@ -30,6 +30,7 @@ class Column:
     best: Literal["", "low", "high"] = ""
     tones: Mapping[str, str] = field(default_factory=dict)
     wide: bool = False
+    code: bool = False
 
     @property
     def header(self) -> str:
