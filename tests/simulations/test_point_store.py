@@ -72,10 +72,15 @@ def test_what_cannot_be_written_is_named(tmp_path) -> None:
 
 
 def test_points_kept_in_memory_are_saved_for_a_later_run(tmp_path) -> None:
-    store = filled(None)
-    store.save(tmp_path / "saved.jsonl")
-    assert PointStore(tmp_path / "saved.jsonl").get("k3") == RESULTS["k3"]
-    assert [path.name for path in tmp_path.iterdir()] == ["saved.jsonl"]
+    path = tmp_path / "saved.jsonl"
+    filled(None).save(path)
+    assert PointStore(path).get("k3") == RESULTS["k3"]
+    other = PointStore()
+    other.add("other", {})
+    other.add("k3", {})
+    other.save(path)
+    assert len(PointStore(path)) == 5
+    assert PointStore(path).get("k3") == RESULTS["k3"]
 
 
 def test_keys_depend_on_everything_but_the_order_of_names() -> None:

@@ -116,7 +116,11 @@ def test_one_rank_is_a_cluster_of_one_rank() -> None:
 
 
 def test_a_step_is_its_ranks_work_and_two_all_reduces_a_layer() -> None:
-    links = {"node": H100.links["node"], "network": H100.links["network"]}
+    beta = {tier: H100.links[tier].beta for tier in ("node", "network")}
+    links = {
+        "node": Link(alpha_s=10e-6, beta=beta["node"]),
+        "network": Link(alpha_s=20e-6, beta=beta["network"]),
+    }
     for tokens in (1, 100, 5000):
         times = group().step(decode(tokens), counts(V3, tokens))
         message = tokens * 7168 * 2

@@ -12,7 +12,7 @@ from simulations.rank_recorder import RankNotes
 from simulations.record import assemble, record, record_rank
 from simulations.recording import Recording
 from simulations.twin import check
-from tests.simulations.twin_runs import arrivals, config_of, frames
+from tests.simulations.twin.runs import arrivals, config_of, frames
 
 
 def differences(recording: Recording) -> list[str]:

@@ -13,6 +13,8 @@ from deploy.settings import BUNDLED_MODELS
 from simulations.noted import Arrival
 
 MOSAIC = BUNDLED_MODELS["mosaic"]
+REQUESTS, NUM_TOKENS = 20, 20
+"""Of the run that most tests look at."""
 
 
 def frames(count: int, max_tokens: int) -> list[Frame]:

@@ -9,25 +9,16 @@ import numpy as np
 import pytest
 
 from cluster import offline
-from comms.launch import RankError, RankPool
+from comms.launch import RankError
 from simulations.record import record
 from simulations.recording import Recording
 from simulations.recording_checks import STAGES
 from simulations.replay_batches import recorded_plans
 from simulations.twin import check
 from simulations.twin_check import Check
-from tests.simulations.twin_runs import arrivals, config_of, frames
+from tests.simulations.twin.runs import NUM_TOKENS, REQUESTS, arrivals, config_of, frames
 
-REQUESTS, NUM_TOKENS = 20, 20
 NAMES = ["batches", "expert loads", "placements", "slots", "tokens of slots", "bytes by link"]
-
-
-@pytest.fixture(scope="module")
-def recording(rank_pool: RankPool) -> Recording:
-    """2 x 2 ranks, a cache too small for all, and two rebalances while the subject changes."""
-    config = config_of(cache={"block_size": 16, "num_blocks": 6})
-    requests = arrivals(REQUESTS, NUM_TOKENS)
-    return record(config, requests, looks_every=8, after_looks=[2, 6], pool=rank_pool)
 
 
 def differences(recording: Recording) -> dict[str, list[str]]:
