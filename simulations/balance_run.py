@@ -29,7 +29,7 @@ WARM_UP_LOOKS = 4
 """That the first plans are made from, as long together as one of the others."""
 TRAFFIC_STEPS = 500
 """Between two samples of tokens; layers that change are looked at again with the same tokens."""
-SAMPLED_TOKENS = 512
+SAMPLED_TOKENS = 256
 FLIP_STEPS = 8
 """Layers change between blocks of so many steps at least, up to so many later than they could."""
 

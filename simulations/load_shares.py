@@ -207,10 +207,13 @@ WORKLOADS: dict[str, tuple[Make, float]] = {
 def limited(share: FloatArray, most: float) -> FloatArray:
     """Shares [..., E] of sum 1, none above `most`: what exceeds it goes to all others in proportion."""
     share = share / share.sum(axis=-1, keepdims=True)
-    while share.max() > most * (1 + 1e-12):
-        full = share >= most
-        others = np.where(full, 0.0, share)
+    over = share.max(axis=-1) > most * (1 + 1e-12)
+    while over.any():
+        rows = share[over]
+        full = rows >= most
+        others = np.where(full, 0.0, rows)
         left = 1.0 - most * full.sum(axis=-1, keepdims=True)
         scale = left / np.maximum(others.sum(axis=-1, keepdims=True), np.finfo(float).tiny)
-        share = np.where(full, most, others * scale)
+        share[over] = np.where(full, most, others * scale)
+        over = share.max(axis=-1) > most * (1 + 1e-12)
     return share
