@@ -53,16 +53,11 @@ class PointStore:
             self._append(self.path, line)
 
     def save(self, path: Path) -> None:
-        """Everything into a file of its own, which later runs can be given."""
-        lines = [_line(key, result) for key, result in self._results.items()]
-        unfinished = path.with_name(path.name + ".unfinished")
-        try:
-            unfinished.write_text(HEADER + "".join(lines), encoding="utf-8")
-            unfinished.replace(path)
-        except OSError as error:
-            raise PointStoreError(f"{path}: {error.strerror or error}") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
+        """Add everything to a file, new or of points, which later runs can be given."""
+        file = PointStore(path)
+        for key, result in self._results.items():
+            if file.get(key) is None:
+                file.add(key, result)
 
     def _open(self, path: Path) -> None:
         data = path.read_bytes() if path.exists() else b""

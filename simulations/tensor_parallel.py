@@ -8,9 +8,10 @@ ends its attention and its MLP with an all-reduce of [tokens, hidden] in bfloat1
 
     step = what a model of that thickness takes on one rank + 2 layers x all-reduce(2 bytes x tokens x hidden)
 
-The first term is the cost model of a one-rank deployment of the thinner model: the same constants,
-the same experts' curve as for expert parallelism. All-reduces are exposed, as in vLLM and SGLang, but
-take the best algorithm at each size; gathering logits is left out. Both favour the baseline.
+The first term is the cost model of a one-rank deployment of the thinner model: the same constants as
+for expert parallelism. All-reduces are exposed, as in vLLM and SGLang, but take the best algorithm at
+each size and start sooner than a dispatch (ALL_REDUCE_ALPHA_S); gathering logits is left out. All three
+favour the baseline.
 
 B steps, L expert layers, E experts.
 """
@@ -34,6 +35,10 @@ from simulations.memory import DoesNotFit, MemoryPlan, rank_memory
 
 Array = NDArray[Any]
 
+ALL_REDUCE_ALPHA_S = {"node": 10e-6, "network": 20e-6}
+"""Of a message; a calibration's own where that is less, for those are fitted to dispatch kernels, which
+count and pack as well. node: copies of 4 to 256 KB between two H200 (calibration h200-measured).
+network: what DeepEP's exchanges over 2 nodes start with in AIConfigurator's tables, fitted."""
 _ALL_REDUCES = 2  # per layer
 _BFLOAT16 = 2
 
@@ -76,6 +81,12 @@ class TensorParallel:
             weights=weights,
             dispatcher="flat",
         )
+        self.links = {
+            tier: replace(
+                calibration.links[tier], alpha_s=min(calibration.links[tier].alpha_s, most)
+            )
+            for tier, most in ALL_REDUCE_ALPHA_S.items()
+        }
         self._cost = CostModel(self.of_rank, calibration)
 
     @property
@@ -92,13 +103,11 @@ class TensorParallel:
     def step(self, work: StepWork, counts_BLE: Array) -> GroupTimes:
         """work: the group's, [B, 1]; counts: how many of its tokens chose each expert."""
         num_bytes_B = work.tokens_BD[:, 0] * (self.model.hidden_size * _BFLOAT16)
-        links = self.calibration.links
         seconds_B = all_reduce_seconds(
             num_bytes_B,
             ranks_per_node=self.ranks_per_node,
             num_nodes=self.num_nodes,
-            node=links["node"],
-            network=links["network"],
+            **self.links,
             algorithm=self._algorithm,
         )
         compute_B = self._cost.step(work, counts_BLE).total_B
