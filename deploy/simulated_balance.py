@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -181,14 +182,12 @@ def _progress() -> Iterator[Callable[[float], None]]:
 def _show(result: dict[str, Any]) -> None:
     model, cluster = result["model"], result["cluster"]
     units = f"{cluster['units']} x " if cluster["units"] > 1 else ""
-    print(
+    _say(
         f"{model['name']} on {units}{cluster['num_nodes']} nodes x {cluster['ranks_per_node']} ranks, "
-        f"{cluster['slots_per_rank']} slots each; workload {result['workload']['name']},"
-    )
-    print(
-        f"{result['steps']:,} steps of {result['tokens_per_rank']} tokens a rank, "
-        f"{result['steps_per_s']:,.0f} steps/s; calibration {result['calibration']['name']} "
-        f"{result['calibration']['hash']}"
+        f"{cluster['slots_per_rank']} slots each; workload {result['workload']['name']}, "
+        f"{result['steps']:,} steps of {result['tokens_per_rank']} tokens a rank; calibration "
+        f"{result['calibration']['name']} {result['calibration']['hash']}; "
+        f"{result['steps_per_s']:,.0f} steps/s"
     )
     best = max(row["throughput"] for row in result["policies"].values())
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -209,11 +208,18 @@ def _show(result: dict[str, Any]) -> None:
             "best" if row["throughput"] == best else f"{row['throughput'] / best - 1:.1%}",
         )
     Console(width=80, highlight=False).print(table)
-    print("* between nodes, per token and layer. Throughput includes what moving experts costs.")
+    _say(
+        "* between nodes, per token and layer. tokens/s counts what moving experts costs; dividing a "
+        "batch is free unless --resplit-us says otherwise"
+    )
     for warning in result["warnings"]:
-        print(f"warning: {warning}")
+        _say(f"warning: {warning}")
     if "interrupted" in result:
-        print("interrupted: these are the steps that were done")
+        _say("interrupted: these are the steps that were done")
+
+
+def _say(text: str) -> None:
+    print(fill(text, 80, subsequent_indent="  "))
 
 
 def _bytes(count: float) -> str:

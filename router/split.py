@@ -92,6 +92,15 @@ class LayerSplit:
             flow = self._from_home(counts_NA, base_R, int(level * (1.0 + slack)))
         return self._quotas(np.array(flow, dtype=np.int64), counts_NE)
 
+    def by_copy(self, counts_E: IntArray) -> IntArray:
+        """[E, C]: tokens of each copy, wherever they come from; no rank gets more than the optimum."""
+        counts_E = np.asarray(counts_E, dtype=np.int64)
+        _, flow, _ = self._solve(counts_E)
+        tokens_EC = np.zeros((len(counts_E), self._max_copies), dtype=np.int64)
+        tokens_EC[self._single, 0] = counts_E[self._single]
+        tokens_EC[self._several[self._edge_expert], self._edge_copy] = flow
+        return tokens_EC
+
     def divide_experts(self, counts_NE: IntArray) -> IntArray:
         """quotas [N, E, C] with all tokens of an expert on one copy, for steps bound by memory.
 

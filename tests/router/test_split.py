@@ -135,6 +135,19 @@ def test_optimum_by_trying_every_division(seed):
     assert LayerSplit(layer).optimum(counts_E) == best
 
 
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_by_copy_has_all_tokens_and_reaches_the_optimum(case):
+    layer, counts_NE = case
+    split, counts_E = LayerSplit(layer), counts_NE.sum(axis=0)
+    tokens_EC = split.by_copy(counts_E)
+    assert tokens_EC.dtype == np.int64
+    assert (tokens_EC >= 0).all()
+    assert (tokens_EC[layer.logical_to_physical < 0] == 0).all()
+    assert (tokens_EC.sum(axis=1) == counts_E).all()
+    assert rank_loads(layer, tokens_EC[None]).max() == split.optimum(counts_E)
+
+
 @settings(max_examples=300, deadline=None)
 @given(cases(), st.sampled_from([0.0, 0.02, 0.5]))
 def test_divide_conserves_tokens_and_keeps_the_cap(case, slack):

@@ -34,7 +34,9 @@ def cases(draw):
     if kind in ("forest", "any"):
         slots = draw(st.integers(1, 4))
         spare = draw(st.integers(0, num_ranks if kind == "forest" else num_ranks * slots - 1))
-        layer = random_layer(rng, max(1, num_ranks * slots - spare), num_ranks, slots)
+        experts = max(1, num_ranks * slots - spare)
+        per_node = num_ranks if num_ranks % 2 else num_ranks // 2
+        layer = random_layer(rng, experts, num_ranks, slots, per_node)
     elif kind == "path":
         layer = path_layer(num_ranks, draw(st.integers(0, 2)))
     else:
