@@ -1,16 +1,10 @@
 """The time of a step, of many steps at once: operations, experts, exchanges, and what overlaps.
 
 Ranks meet in every dispatch and combine, so each part of a layer takes as long as on its slowest
-rank, and a layer is the sum of its parts. With two micro-batches (`overlap` "two_batch", after
-DeepSeek-V3's published profiles; A attention before and after its core's start, Sh shared expert, G
-gate, M routed experts, D dispatch, C combine, all of half the tokens) it is
+rank; `layer_times.py` makes layers of the parts.
 
-    decode    2 [ max(Sh + A0 + h, D) + M + max(A1 + G + h, C) ]
-    prompts   max(A + Sh, C) + max(A, D) + max(M, D) + max(M + Sh, C)       A with the gate
-
-where computation is slowed by the computing units that the exchange's kernels hold, and these by
-sharing the machine. "low_latency" kernels hold all units, but only for the seconds h in which they
-send and receive, and none while messages fly.
+Steps are cheapest in blocks: 16 of 64 ranks or more take a fifth of the time of 16 calls. A StepWork
+that is used again is not computed again.
 
 B steps, D replicas of the attention, L expert layers, S slots of all ranks, R ranks.
 """
@@ -28,33 +22,14 @@ from simulations.exchange_times import ExchangeTimes
 from simulations.expert_times import ExpertTimes
 from simulations.group_sums import group_sums
 from simulations.hardware.calibration import Calibration
+from simulations.layer_times import LayerTimes, Parts, in_turn, two_batches
 from simulations.op_times import OpTimes
 from simulations.step_work import Sends, StepWork
+from simulations.work_times import WorkTimes
 
 __all__ = ["CostModel", "LayerTimes", "Sends", "StepTimes", "StepWork"]
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LayerTimes:
-    """Seconds [B, L] of the expert layers' parts, both micro-batches together.
-
-    exposed + hidden = dispatch + combine; what a layer takes is `total`.
-    """
-
-    attention: Array
-    gate: Array
-    shared: Array
-    dispatch: Array
-    experts: Array
-    combine: Array
-    exposed_BL: Array
-    hidden_BL: Array
-
-    @property
-    def total(self) -> Array:
-        return self.attention + self.gate + self.shared + self.experts + self.exposed_BL
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,18 +51,20 @@ class CostModel:
     """
 
     def __init__(self, deployment: Deployment, calibration: Calibration) -> None:
-        two_batch = self._two_batch = deployment.overlap == "two_batch"
-        if two_batch and not calibration.supports_two_batch:
+        self._two_batch = deployment.overlap == "two_batch"
+        if self._two_batch and not calibration.supports_two_batch:
             raise ValueError(
                 f"calibration {calibration.name} is of a backend without two-batch overlap: "
                 'choose overlap "none"'
             )
+        self._num_parts = 2 if self._two_batch else 1
         self.deployment, self.calibration = deployment, calibration
         self.warnings: list[str] = []
         self._ops = OpTimes(deployment, calibration, self._warn)
-        self._experts = ExpertTimes(deployment, calibration, self._warn, 2 if two_batch else 1)
+        self._experts = ExpertTimes(deployment, calibration, self._warn, self._num_parts)
         self._exchanges = ExchangeTimes(deployment, calibration)
         self._uniform = Sends.uniform(deployment.model, deployment.topology)
+        self._last: tuple[StepWork, WorkTimes] | None = None
         self._check("ranks", np.array(deployment.num_ranks))
 
     def experts_seconds(self, slot_tokens_BLS: Array) -> Array:
@@ -113,16 +90,14 @@ class CostModel:
         Raises ValueError for pairs of another number of layers or slots than the deployment's.
         """
         self._check_slots(slot_tokens_BLS)
-        self._check("tokens", work.tokens_BD)
-        self._check("context", work.context_BD)
+        times = self._times_of(work)
         experts_BLR = self._experts.by_rank(slot_tokens_BLS)
-        layers = self._layers(work, slot_tokens_BLS, experts_BLR.max(axis=-1), sends)
+        layers = self._layers(work, times, slot_tokens_BLS, experts_BLR.max(axis=-1), sends)
         model = self.deployment.model
-        num_dense = model.num_layers - model.num_moe_layers
-        dense_B = num_dense * self._slowest(self._ops.attention(work) + self._ops.dense(work))[:, 0]
-        head_B = self._slowest(self._ops.head(work))[:, 0]
+        dense_B = (model.num_layers - model.num_moe_layers) * times.dense[:, 0]
+        head_B = times.head[:, 0]
         gaps = self.calibration.layer_s * model.num_layers
-        overhead = self.calibration.step_s + gaps * (2 if self._two_batch else 1)
+        overhead = self.calibration.step_s + gaps * self._num_parts
         total_B = layers.total.sum(axis=-1, dtype=np.float64) + (dense_B + head_B + overhead)
         return StepTimes(
             total_B=total_B,
@@ -134,66 +109,40 @@ class CostModel:
         )
 
     def _layers(
-        self, work: StepWork, slot_tokens_BLS: Array, experts_BL: Array, sends: Sends | None
+        self,
+        work: StepWork,
+        times: WorkTimes,
+        slot_tokens_BLS: Array,
+        experts_BL: Array,
+        sends: Sends | None,
     ) -> LayerTimes:
-        two_batch = self.deployment.overlap == "two_batch"
-        parts = 2 if two_batch else 1
-        part = work.half() if two_batch else work
-        ops = self._ops
-        before = self._slowest(ops.before_core(part))
-        rest = self._slowest(ops.core(part) + ops.after_core(part))
-        gate, shared = self._slowest(ops.gate(part)), self._slowest(ops.shared(part))
         rank_tokens_BLR = group_sums(slot_tokens_BLS, self.deployment.slots_per_rank)
-        dispatch, combine = self.exchange_seconds(
-            rank_tokens_BLR / parts, sends, self._source_tokens(part)
+        rank_tokens_BLR /= self._num_parts
+        dispatch, combine = self.exchange_seconds(rank_tokens_BLR, sends, times.source_tokens_BR)
+        parts = Parts(
+            before=times.before,
+            rest=times.rest,
+            gate=times.gate,
+            shared=times.shared,
+            dispatch=dispatch,
+            experts=experts_BL / np.float32(self._num_parts),
+            combine=combine,
         )
-        experts = experts_BL / np.float32(parts)
-        slower = 1.0
-        held = 0.0
-        if two_batch and self.deployment.dispatcher == "low_latency":
-            held = self.calibration.held_s
-        elif two_batch:
-            slower = 1.0 / (1.0 - self.calibration.sm_share)
-            dispatch = dispatch * self.calibration.exchange_slowdown
-            combine = combine * self.calibration.exchange_slowdown
-        before, rest, gate = before * slower, rest * slower, gate * slower
-        shared, experts = shared * slower, experts * np.float32(slower)
-        if not two_batch:
-            exposed = dispatch + combine
-        elif work.has_prompts:
-            attention = before + rest + gate
-            exposed = _beyond(combine, attention + shared) + _beyond(dispatch, attention)
-            exposed = exposed + _beyond(dispatch, experts) + _beyond(combine, experts + shared)
-        else:
-            exposed = _beyond(dispatch, shared + before, held)
-            exposed = 2 * (exposed + _beyond(combine, rest + gate, held))
+        if not self._two_batch:
+            return in_turn(parts)
+        if self.deployment.dispatcher == "low_latency":
+            held_s = self.calibration.held_s
+            return two_batches(parts, held_s=held_s, has_prompts=work.has_prompts)
+        shared = parts.sharing(self.calibration)
+        return two_batches(shared, held_s=0.0, has_prompts=work.has_prompts)
 
-        def whole(part_seconds: Array) -> Array:
-            return np.broadcast_to(part_seconds * parts, experts_BL.shape)
-
-        exchanged = whole(dispatch + combine)
-        return LayerTimes(
-            attention=whole(before + rest),
-            gate=whole(gate),
-            shared=whole(shared),
-            dispatch=whole(dispatch),
-            experts=whole(experts),
-            combine=whole(combine),
-            exposed_BL=exposed,
-            hidden_BL=exchanged - exposed,
-        )
-
-    def _source_tokens(self, work: StepWork) -> Array:
-        """Tokens that each rank brings to the exchange, [B or 1, R]."""
-        topology = self.deployment.topology
-        tokens_BD = np.broadcast_to(work.tokens_BD, (len(work.tokens_BD), topology.num_replicas))
-        size = topology.tensor_parallel_size
-        return np.repeat(tokens_BD / size, size, axis=1)
-
-    @staticmethod
-    def _slowest(seconds_BD: Array) -> Array:
-        """[B, 1]: over replicas."""
-        return np.asarray(seconds_BD.max(axis=-1, keepdims=True))
+    def _times_of(self, work: StepWork) -> WorkTimes:
+        if self._last is None or self._last[0] is not work:
+            self._check("tokens", work.tokens_BD)
+            self._check("context", work.context_BD)
+            topology, two_batch = self.deployment.topology, self._two_batch
+            self._last = work, WorkTimes.of(work, self._ops, topology, two_batch=two_batch)
+        return self._last[1]
 
     def _check_slots(self, slot_tokens_BLS: Array) -> None:
         wanted = (self.deployment.model.num_moe_layers, self.deployment.num_slots)
@@ -213,9 +162,3 @@ class CostModel:
     def _warn(self, warning: str) -> None:
         if warning not in self.warnings:
             self.warnings.append(warning)
-
-
-def _beyond(exchange: Array, computation: Array, held: float = 0.0) -> Array:
-    """What an exchange adds to the computation beside it: `held` seconds, in which it computes
-    itself, or what is left of it when the computation is done."""
-    return np.asarray(np.minimum(np.maximum(exchange - computation, held), exchange))

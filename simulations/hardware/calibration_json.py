@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from simulations.hardware.tables import Table
 
@@ -21,13 +21,8 @@ class CalibrationError(ValueError):
 
 def read_values(text: str, source: str) -> dict[str, Any]:
     """The JSON's values, checked, optional parts filled in with {}. Raises CalibrationError."""
-
-    def refuse_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not a number")
-
     try:
-        values = json.loads(text, parse_constant=refuse_constant)
-        return _document("", values)
+        return _document("", json.loads(text))
     except RecursionError:
         raise CalibrationError(f"{source}: nested too deeply") from None
     except ValueError as error:
@@ -64,13 +59,18 @@ def _tile(where: str, value: Any) -> int:
 
 def _provenance(where: str, value: Any) -> dict[str, Any]:
     """Where it is from: three texts, and whatever else there is to say."""
-    values = _mapping(where, value)
+    values = _mapping(where, _any(where, value))
     for key in ("hardware", "date", "source"):
         _text(f"{where}.{key}", values.get(key))
     return values
 
 
 def _any(where: str, value: Any) -> Any:
+    """Whatever JSON can say; Python's reader lets more pass."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ValueError(f"{where} holds NaN or an infinite number") from None
     return value
 
 
@@ -90,7 +90,7 @@ def _pair(where: str, value: Any) -> list[float]:
 
 
 def _table(where: str, value: Any) -> dict[str, Any]:
-    table = _mapping(where, value)
+    table = _mapping(where, _any(where, value))
     if table.get("unit") != "s":
         raise ValueError(f'{where}.unit must be "s", got {_shown(table.get("unit"))}')
     try:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from typing import Any
 
 import pytest
@@ -90,6 +91,10 @@ REFUSED: list[tuple[list[Any], Any, str]] = [
     (["tables"], {"t": {**TABLE, "axes": {"tokens": [1, 1, 2]}}}, "tables.t is no table"),
     (["tables"], {"t": {**TABLE, "values": ["a", 1, 2]}}, "tables.t is no table"),
     (["tables"], {"t": {**TABLE, "values": [0, 1, 2]}}, "tables.t is no table"),
+    (["tables"], {"t": {**TABLE, "note": math.inf}}, "tables.t holds NaN or an infinite number"),
+    (["fidelity"], {"worst": [math.nan]}, "fidelity holds NaN or an infinite number"),
+    (["provenance", "notes"], math.nan, "provenance holds NaN"),
+    (["memory_bytes"], math.inf, "memory_bytes must be a number > 0, got inf"),
 ]
 
 
@@ -143,6 +148,12 @@ def test_any_table_is_read_or_refused(table):
     for text in (changed(["tables"], {"t": table}), changed(["tables"], table)):
         said = refusal(text)
         assert not said or said.startswith("bad.json: tables")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, '{"version": 1e999}', "[]", "3"])
+def test_odd_files_are_refused(text):
+    assert refusal(text).startswith("bad.json: ")
+    assert len(refusal(text)) < 200
 
 
 @given(st.integers(0, len(json.dumps(ROUND)) - 1))

@@ -439,6 +439,18 @@ def test_a_block_of_steps_is_its_steps():
             assert (getattr(one.layers, part) == getattr(block.layers, part)[step]).all()
 
 
+def test_work_that_is_used_again_costs_the_same():
+    of = deployment(MOSAIC, overlap="two_batch")
+    model = CostModel(of, calibration())
+    one, other = StepWork.decode([[5]], [[50]]), StepWork.decode([[500]], [[50]])
+    slot_tokens = counts(of)
+    first = model.step(one, slot_tokens).total_B
+    second = model.step(other, slot_tokens).total_B
+    assert (model.step(other, slot_tokens).total_B == second).all()
+    assert (model.step(one, slot_tokens).total_B == first).all()
+    assert (second > first).all()
+
+
 def test_whole_numbers_cost_the_same_in_any_type():
     of = deployment(MOSAIC)
     model = CostModel(of, calibration())
@@ -480,8 +492,8 @@ def test_measured_tables_are_used():
     model.step(StepWork.decode([[129]], [[9]]), counts(of, steps=1) + 101)
     model.step(StepWork.decode([[130]], [[9]]), counts(of, steps=1) + 102)
     assert model.warnings == [
-        "extrapolated: tokens beyond table grouped_gemm/float8/256x64",
         "extrapolated: tokens beyond table gemm/bfloat16/32x256",
+        "extrapolated: tokens beyond table grouped_gemm/float8/256x64",
     ]
 
 
