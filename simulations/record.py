@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -52,8 +52,10 @@ def record_rank(
     with closing(engine.runner) as runner:
         changes = recorder.rebalances(config, after_looks, ended)
         with Script(changes, runner, mailbox, groups, store_address) as script:
-            recorder.follow(engine)
-            ended.set()
+            try:
+                recorder.follow(engine)
+            finally:
+                ended.set()
         if script.failure:
             raise MigrationError(f"{script.failure}; give it more requests, or longer ones")
     return recorder.notes
@@ -82,27 +84,18 @@ def record(
             f"need looks_every >= 1 and ascending after_looks >= 1, got {looks_every} and "
             f"{list(after_looks)}"
         )
-    if pool is None:
-        with RankPool() as own:
-            return record(
-                config,
-                arrivals,
-                looks_every=looks_every,
-                after_looks=after_looks,
-                pool=own,
-                timeout_s=timeout_s,
-            )
     store, address = host_store()
-    notes = pool.run(
-        record_rank,
-        config.parallel.topology,
-        config,
-        arrivals,
-        looks_every,
-        after_looks,
-        address,
-        timeout_s=timeout_s,
-    )
+    with RankPool() if pool is None else nullcontext(pool) as ranks:
+        notes = ranks.run(
+            record_rank,
+            config.parallel.topology,
+            config,
+            arrivals,
+            looks_every,
+            after_looks,
+            address,
+            timeout_s=timeout_s,
+        )
     del store
     return assemble(config, notes, looks_every)
 
