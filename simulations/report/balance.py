@@ -63,6 +63,7 @@ def _key_figures(result: BalanceResult, name: str) -> Section:
         Column(title="mean imbalance", form=".3f", best="low"),
         Column(title="p99", form=".3f", best="low"),
         Column(title="planned", form=".3f", best="low"),
+        Column(title="mean difference", unit="%", form=",.1f", best="low"),
         Column(title="step mean", unit="ms", form=",.2f", best="low"),
         Column(title="step p99", unit="ms", form=",.2f", best="low"),
         Column(title="slowest rank", form=",.0f"),
@@ -74,7 +75,8 @@ def _key_figures(result: BalanceResult, name: str) -> Section:
         name=f"{name}-policies",
         caption="Every policy met the same load. The best of a column is bold; the gain is over the "
         "first row. Imbalance is the busiest rank's tokens over the mean of the ranks, of each layer "
-        "of each step: 1 is perfect. The slowest rank is the one that others waited for most often.",
+        "of each step (1 is perfect); the difference is the busiest less the idlest rank's over "
+        "that mean. The slowest rank is the one that others waited for most often.",
         columns=columns,
         rows=rows,
         swatches=[colour_of(n, names) for n in names],
@@ -95,6 +97,7 @@ def _figures_of(label: str, policy: Policy, first: float) -> Sequence[str | floa
         policy.imbalance_mean,
         policy.imbalance_p99,
         policy.planned_imbalance,
+        100 * policy.difference_mean,
         policy.step_ms_mean,
         policy.step_ms_p99,
         policy.straggler.rank,
@@ -169,8 +172,8 @@ def _traffic(result: BalanceResult, name: str) -> Section:
     blocks: list[Block] = [
         Table(
             name=f"{name}-traffic",
-            caption="Bytes of a token in one layer, dispatch and combine together, and what moving "
-            "experts took in all.",
+            caption="Bytes of a token in one layer, dispatch and combine together; and what moving "
+            "experts took in all. Throughput above includes its cost, here it does not.",
             columns=[
                 Column(title="policy"),
                 Column(title="between nodes", unit="KiB/token", form=",.2f", best="low"),
@@ -179,6 +182,7 @@ def _traffic(result: BalanceResult, name: str) -> Section:
                 Column(title="rebalances", form=",.0f"),
                 Column(title="experts moved", form=",.0f"),
                 Column(title="moved", unit="GB", form=",.2f"),
+                Column(title="throughput without", unit="tokens/s", form=",.0f"),
             ],
             rows=[(label_of(n), *_traffic_of(policy)) for n, policy in result.policies.items()],
             swatches=[colour_of(n, names) for n in names],
@@ -190,7 +194,8 @@ def _traffic(result: BalanceResult, name: str) -> Section:
             draw(
                 f"{name}-node-traffic",
                 "Bytes between nodes",
-                "Per token, from the node of a row to that of a column.",
+                "Per token and layer, from the node of a row to that of a column; the title has the "
+                "sum. What stays inside a node (grey) is not part of the colours.",
                 "Heat maps of the bytes per token between each pair of nodes, one for each policy.",
                 partial(figures.node_traffic, result=result),
                 height=0.8 + 3.3 * -(-len(maps) // 3),
@@ -207,6 +212,7 @@ def _traffic_of(policy: Policy) -> Sequence[float]:
         len(policy.rebalances),
         policy.moves,
         policy.migrated_bytes / GB,
+        policy.throughput_bare,
     )
 
 

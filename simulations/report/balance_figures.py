@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from simulations.report.balance_result import BalanceResult, BeforeAfter, Policy
-from simulations.report.heat_maps import amount_map, load_map, load_scale, node_lines
+from simulations.report.heat_maps import (
+    EXPERT_TICKS,
+    RANK_TICKS,
+    amount_map,
+    load_map,
+    load_scale,
+    node_lines,
+    on_diagonal,
+)
 from simulations.report.style import FAINT, INK, colour_of, dashes_of, label_of, short
 from simulations.report.values import FloatArray
 
@@ -39,9 +47,10 @@ def over_time(figure: Figure, result: BalanceResult) -> None:
     axes[0].set(ylabel="balancedness\n(mean / max over ranks)")
     axes[1].set(ylabel="throughput\n(tokens/s)", ylim=(0, None))
     axes[1].yaxis.set_major_formatter("{x:,.0f}")
+    for panel in axes:
+        panel.margins(x=0.01)
     for panel in axes[:2]:
         panel.grid(visible=True)
-        panel.margins(x=0.01)
     figure.align_ylabels(axes[:2])
     if moved:
         _rebalance_marks(axes[2], {name: result.policies[name] for name in moved}, names)
@@ -93,19 +102,31 @@ def rank_loads(figure: Figure, result: BalanceResult, loads: BeforeAfter) -> Non
     """Rank x layer, the first tenth of the run beside the last."""
 
     def paint(axes: Axes, map_LR: FloatArray) -> None:
-        load_map(axes, map_LR.T, rows="rank", columns="MoE layer")
+        load_map(axes, map_LR.T, RANK_TICKS, rows="rank", columns="MoE layer")
         node_lines(axes, map_LR.shape[1], result.count("ranks_per_node"))
 
-    _two_maps(figure, loads, "rank", paint)
+    load_scale(figure, _side_by_side(figure, loads, "rank", paint), RANK_TICKS)
 
 
 def expert_loads(figure: Figure, result: BalanceResult) -> None:
     """Layer x expert: what the gates chose, which no policy changes."""
 
     def paint(axes: Axes, map_LE: FloatArray) -> None:
-        load_map(axes, map_LE, rows="MoE layer", columns="expert")
+        load_map(axes, map_LE, EXPERT_TICKS, rows="MoE layer", columns="expert")
 
-    _two_maps(figure, result.expert_load_LE, "expert", paint)
+    load_scale(figure, _side_by_side(figure, result.expert_load_LE, "expert", paint), EXPERT_TICKS)
+
+
+def _side_by_side(figure: Figure, loads: BeforeAfter, one: str, paint: PaintMap) -> list[Axes]:
+    """The maps that are known beside each other, with how busy the busiest of each is."""
+    maps = loads.known()
+    panels: list[Axes] = list(figure.subplots(1, len(maps), sharey=True, squeeze=False)[0])
+    for axes, (when, map_LX) in zip(panels, maps.items(), strict=True):
+        paint(axes, map_LX)
+        most = f"busiest {one} {np.nanmax(map_LX, initial=0):.2f} × mean"
+        axes.set_title(f"{WHEN[when]}: {most}" if len(maps) > 1 else most)
+        axes.label_outer()
+    return panels
 
 
 def node_traffic(figure: Figure, result: BalanceResult) -> None:
@@ -115,14 +136,13 @@ def node_traffic(figure: Figure, result: BalanceResult) -> None:
         for name, policy in result.policies.items()
         if policy.node_traffic_NN.size
     }
-    most = max(float(np.nanmax(map_NN, initial=0)) for map_NN in maps.values())
+    between = {name: np.nansum(map_NN[~on_diagonal(map_NN)]) for name, map_NN in maps.items()}
+    most = max(np.nanmax(map_NN[~on_diagonal(map_NN)], initial=0) for map_NN in maps.values())
     panels = _panels(figure, len(maps), columns=3, share=True)
     for axes, (name, map_NN) in zip(panels, maps.items(), strict=False):
-        image = amount_map(
-            axes, map_NN, most, ".2f" if most < 10 else ".1f" if most < 100 else ".0f"
-        )
+        image = amount_map(axes, map_NN, most, ".2f" if most < 10 else ".1f")
         axes.set_aspect("equal")
-        axes.set_title(f"{short(label_of(name))}: {np.nansum(map_NN):,.1f} KiB in all")
+        axes.set_title(f"{short(label_of(name))}: {between[name]:,.1f} KiB")
     figure.supxlabel("to node", fontsize=10)
     figure.supylabel("from node", fontsize=10)
     figure.colorbar(image, ax=panels, label="KiB per token", aspect=30, pad=0.015, fraction=0.03)
@@ -181,18 +201,6 @@ def _cascade(axes: Axes, layer_ms: Mapping[str, float], colour: str) -> float:
                 va="center", fontsize=8.5,
             )  # fmt: skip
     return now
-
-
-def _two_maps(figure: Figure, loads: BeforeAfter, one: str, paint: PaintMap) -> None:
-    """The maps that are known beside each other, with how busy the busiest of each is."""
-    maps = loads.known()
-    panels = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
-    for axes, (when, map_LX) in zip(panels, maps.items(), strict=True):
-        paint(axes, map_LX)
-        most = f"busiest {one} {np.nanmax(map_LX, initial=0):.2f} × mean"
-        axes.set_title(f"{WHEN[when]}: {most}" if len(maps) > 1 else most)
-        axes.label_outer()
-    load_scale(figure, list(panels), "load / mean of the layer")
 
 
 def _panels(figure: Figure, count: int, *, columns: int, share: bool) -> list[Axes]:

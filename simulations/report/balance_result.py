@@ -56,12 +56,14 @@ class Policy(Part):
     imbalance_mean: Number = NAN
     imbalance_p99: Number = NAN
     planned_imbalance: Number = NAN
+    difference_mean: Number = NAN
     node_bytes_per_token: Number = NAN
     node_rows_per_token: Number = NAN
     rank_bytes_per_token: Number = NAN
     migrated_bytes: Number = NAN
     moves: Number = NAN
     throughput: Number = NAN
+    throughput_bare: Number = NAN
     step_ms_mean: Number = NAN
     step_ms_p99: Number = NAN
     straggler: Straggler = Straggler()

@@ -82,7 +82,7 @@ def slugs(names: Iterable[str]) -> list[str]:
 
 def facts_of(result: Result) -> list[tuple[str, str]]:
     """The head of a result as terms and values; what is not known is left out."""
-    constants = f"{result.calibration.name} ({result.calibration.hash})"
+    calibrations = result.calibrations or {result.calibration.name: result.calibration.hash}
     known = [
         ("model", _all_of(result.model)),
         ("cluster", _all_of(result.cluster)),
@@ -90,7 +90,8 @@ def facts_of(result: Result) -> list[tuple[str, str]]:
         ("steps", "" if result.steps is None else f"{result.steps:,}"),
         ("tokens per rank", fact(result.tokens_per_rank)),
         ("seed", result.seed),
-        ("calibration", constants if result.calibration.name or result.calibration.hash else ""),
+        ("further", _all_of(result.others)),
+        ("calibration", ", ".join(f"{n} ({h})" for n, h in calibrations.items() if n or h)),
         ("expertmesh", result.version),
         ("command", shlex.join(result.command)),
     ]

@@ -6,6 +6,8 @@ since a layer ends when its busiest rank does.
 R rows, C columns, of any map.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -13,13 +15,16 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from simulations.report.style import AMOUNT_MAP, FAINT, INK, LOAD_MAP, readable_on
 from simulations.report.values import FloatArray
 
 MAX_ROWS, MAX_COLUMNS = 320, 580
 FEW = 8  # cells of a row that have room for their numbers
-LOAD_TICKS = {0.5: "≤ ½", 0.71: "0.71", 1.0: "1", 1.41: "1.41", 2.0: "≥ 2"}
+RANK_TICKS = {0.5: "≤ ½", 0.71: "0.71", 1.0: "1", 1.41: "1.41", 2.0: "≥ 2"}
+EXPERT_TICKS = {1 / 8: "≤ ⅛", 1 / 4: "¼", 1 / 2: "½", 1: "1", 2: "2", 4: "4", 8: "≥ 8"}
+"""Scales of loads over their mean: the last tick is where the strongest colour is reached."""
 
 
 def coarse(map_RC: FloatArray, max_rows: int, max_columns: int) -> tuple[FloatArray, int, int]:
@@ -36,37 +41,51 @@ def coarse(map_RC: FloatArray, max_rows: int, max_columns: int) -> tuple[FloatAr
     return np.fmax.reduce(np.fmax.reduce(blocks, axis=3), axis=1), tall, broad
 
 
-def load_map(axes: Axes, map_RC: FloatArray, *, rows: str, columns: str) -> None:
-    """Loads over their mean, [rows, columns], on a scale of factors from 1/2 to 2."""
+def load_map(
+    axes: Axes, map_RC: FloatArray, ticks: Mapping[float, str], *, rows: str, columns: str
+) -> None:
+    """Loads over their mean, [rows, columns], on a logarithmic scale between the outer ticks."""
     shown, tall, broad = coarse(map_RC, MAX_ROWS, MAX_COLUMNS)
     with np.errstate(divide="ignore"):
         factors = np.log2(np.maximum(shown, 0))
-    _cells(axes, np.clip(factors, -1, 1), map_RC.shape, LOAD_MAP, Normalize(-1, 1))
+    reach = float(np.log2(max(ticks)))
+    norm = Normalize(-reach, reach)
+    _cells(axes, np.clip(factors, -reach, reach), map_RC.shape, LOAD_MAP, norm)
     axes.set(xlabel=_several(columns, broad), ylabel=_several(rows, tall))
 
 
-def load_scale(figure: Figure, axes: list[Axes], of: str) -> None:
+def load_scale(figure: Figure, axes: list[Axes], ticks: Mapping[float, str]) -> None:
     """The legend of load maps, beside `axes`."""
-    bar = figure.colorbar(
-        ScalarMappable(Normalize(-1, 1), LOAD_MAP), ax=axes, aspect=24, pad=0.015, fraction=0.03
-    )
-    bar.set_ticks([float(np.log2(value)) for value in LOAD_TICKS], labels=list(LOAD_TICKS.values()))
-    bar.set_label(of)
+    reach = float(np.log2(max(ticks)))
+    colours = ScalarMappable(Normalize(-reach, reach), LOAD_MAP)
+    bar = figure.colorbar(colours, ax=axes, aspect=24, pad=0.015, fraction=0.03)
+    bar.set_ticks([float(np.log2(value)) for value in ticks], labels=list(ticks.values()))
+    bar.set_label("load / mean of the layer")
     bar.outline.set_edgecolor(FAINT)
 
 
 def amount_map(axes: Axes, map_RC: FloatArray, most: float, form: str) -> AxesImage:
-    """Amounts from 0 to `most`, with their numbers where there is room. NaN is left grey."""
-    shown = coarse(map_RC, 64, 64)[0]
+    """Amounts from 0 to `most`, with their numbers where there is room.
+
+    Those on the diagonal stay inside: they have numbers, but no part in the colours.
+    """
+    inside = on_diagonal(map_RC)
+    shown = coarse(np.where(inside, np.nan, map_RC), 64, 64)[0]
     norm = Normalize(0, most or 1)
     image = _cells(axes, shown, map_RC.shape, AMOUNT_MAP, norm)
     if max(map_RC.shape) <= FEW:
         for (row, column), value in np.ndenumerate(map_RC):
             if np.isfinite(value):
-                on = readable_on(AMOUNT_MAP(norm(value)))
+                on = INK if inside[row, column] else readable_on(AMOUNT_MAP(norm(value)))
                 text = format(value, form)
                 axes.text(column, row, text, color=on, ha="center", va="center", fontsize=8)
     return image
+
+
+def on_diagonal(map_RC: FloatArray) -> NDArray[np.bool_]:
+    """[R, C]: what goes from something to itself."""
+    rows, columns = np.indices(map_RC.shape)
+    return np.asarray(rows == columns)
 
 
 def _cells(

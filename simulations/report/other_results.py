@@ -11,6 +11,14 @@ Words = Annotated[str, BeforeValidator(fact)]
 """Text, or anything else as a person would write it."""
 
 
+def _ranking(value: Any) -> str:
+    """Choices from the best to the worst."""
+    return " > ".join(map(fact, value)) if isinstance(value, list) else fact(value)
+
+
+Ranking = Annotated[str, BeforeValidator(_ranking)]
+
+
 def _scalar(value: Any) -> float | str:
     """A number, or else text."""
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
@@ -33,6 +41,7 @@ class Target(Part):
     predicted: Number = NAN
     error: Number = NAN
     blind: bool = False
+    note: Words = ""
 
 
 class Ordering(Part):
@@ -40,8 +49,9 @@ class Ordering(Part):
 
     id: Text
     what: Text = ""
-    expected: Words = ""
-    predicted: Words = ""
+    expected: Ranking = ""
+    predicted: Ranking = ""
+    values: dict[Text, Number] = Field(default_factory=dict)
     right: bool = False
 
 
@@ -53,6 +63,8 @@ class BlindErrors(Part):
 class ScoreboardResult(Result):
     kind: Literal["scoreboard"]
     targets: tuple[Target, ...] = ()
+    soft: tuple[Target, ...] = ()
+    """Figures whose conditions are not complete: no part of any statistics."""
     orderings: tuple[Ordering, ...] = ()
     blind: BlindErrors = BlindErrors()
 
@@ -66,6 +78,7 @@ class SweepPoint(Part):
 
 class SweepResult(Result):
     kind: Literal["sweep"]
+    tpot_ms: Number = NAN
     points: tuple[SweepPoint, ...] = ()
 
 

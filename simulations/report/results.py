@@ -5,16 +5,20 @@ leave their part of the report out; keys that are there must be what they should
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from simulations.report.values import Facts, FloatArray, Number, Text, Whole, fact
+from simulations.report.values import Facts, FloatArray, Number, Text, Whole, printable
 
 NAN = float("nan")
 NO_LINE: FloatArray = np.zeros(0)
 NO_GRID: FloatArray = np.zeros((0, 0))
+
+
+UNSTABLE = ("steps_per_s",)
+"""Entries that two runs of one command may differ in: a report has them in results.json only."""
 
 
 class Part(BaseModel):
@@ -50,9 +54,10 @@ class Result(Part):
 
     kind: Text
     version: Text = ""
-    seed: Annotated[str, BeforeValidator(fact)] = "–"
+    seed: Annotated[str, BeforeValidator(lambda seed: printable(str(seed)))] = ""
     command: tuple[Text, ...] = ()
     calibration: Calibration = Calibration()
+    calibrations: Facts = Field(default_factory=dict)
     model: Facts = Field(default_factory=dict)
     cluster: Facts = Field(default_factory=dict)
     workload: Facts = Field(default_factory=dict)
@@ -60,6 +65,17 @@ class Result(Part):
     tokens_per_rank: Number = NAN
     warnings: tuple[Text, ...] = ()
     interrupted: bool = False
+    others: Facts = Field(default_factory=dict)
+    """What else the result says in a word or a number."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_others(cls, raw: Any) -> Any:
+        known = {*cls.model_fields, *UNSTABLE}
+        others = {
+            k: v for k, v in raw.items() if k not in known and isinstance(v, str | int | float)
+        }
+        return {**raw, "others": others}
 
     def count(self, name: str) -> int | None:
         """A whole number of `cluster`, such as num_nodes; None if it is not there."""

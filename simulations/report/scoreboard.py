@@ -1,17 +1,18 @@
 """The chapter of `simulate scoreboard`: every published figure with its error."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 from simulations.report import scoreboard_figures as figures
 from simulations.report.chapter import Block, Chapter, Note, Section, facts_of, title_of
-from simulations.report.other_results import ScoreboardResult, Target
+from simulations.report.other_results import Ordering, ScoreboardResult, Target
 from simulations.report.picture import draw
 from simulations.report.tables import SIGNIFICANT, Column, Table
 
 
 def scoreboard_chapter(result: ScoreboardResult, name: str) -> Chapter:
-    sections = [_summary(result), _pictures(result, name), _errors(result, name)]
+    sections = [_summary(result), _pictures(result, name), _targets(result, name)]
     if result.orderings:
         sections.append(_orderings(result, name))
     return Chapter(
@@ -60,7 +61,10 @@ def _pictures(result: ScoreboardResult, name: str) -> Section | None:
                 height=4.6,
             )
         )
-    known = [target for target in result.targets if not math.isnan(target.error)]
+    known = sorted(
+        (target for target in result.targets if not math.isnan(target.error)),
+        key=lambda target: not target.blind,
+    )
     if known:
         blocks.append(
             draw(
@@ -69,17 +73,27 @@ def _pictures(result: ScoreboardResult, name: str) -> Section | None:
                 "To the right the prediction is too high, to the left too low.",
                 "A point for the error of each target, with bands of 5 and of 10 per cent.",
                 partial(figures.errors, targets=known),
-                height=1.0 + 0.24 * len(known),
-                width=9.6,
+                height=1.0 + 0.2 * len(known),
             )
         )
     return Section(title="Pictures", blocks=blocks) if blocks else None
 
 
-def _errors(result: ScoreboardResult, name: str) -> Section:
-    table = Table(
-        name=f"{name}-targets",
-        caption="Error: predicted / published − 1.",
+def _targets(result: ScoreboardResult, name: str) -> Section:
+    blocks: list[Block] = [
+        _table(result.targets, f"{name}-targets", "Error: predicted / published − 1."),
+        _conditions((*result.targets, *result.soft), f"{name}-conditions"),
+    ]
+    if result.soft:
+        caption = "Not counted: the conditions of these are not published in full."
+        blocks.insert(1, _table(result.soft, f"{name}-soft", caption))
+    return Section(title="Every figure", blocks=blocks)
+
+
+def _table(targets: Sequence[Target], name: str, caption: str) -> Table:
+    return Table(
+        name=name,
+        caption=caption,
         columns=[
             Column(title="id"),
             Column(title="what", wide=True),
@@ -88,42 +102,55 @@ def _errors(result: ScoreboardResult, name: str) -> Section:
             Column(title="unit"),
             Column(title="error", unit="%", form="+.1f"),
             Column(title="", tones={"blind": "good", "in-sample": "quiet"}),
-            Column(title="conditions", wide=True),
-            Column(title="source", wide=True),
+            Column(title="note", wide=True),
         ],
-        rows=[_row(target) for target in result.targets],
+        rows=[
+            (t.id, t.what, t.published, t.predicted, t.unit, 100 * t.error, _sort(t), t.note)
+            for t in targets
+        ],
     )
-    return Section(title="Every figure", blocks=[table])
 
 
-def _row(target: Target) -> tuple[str | float, ...]:
-    return (
-        target.id,
-        target.what,
-        target.published,
-        target.predicted,
-        target.unit,
-        100 * target.error,
-        figures.LOOKS[target.blind][2],
-        target.conditions,
-        target.source,
+def _sort(target: Target) -> str:
+    return figures.LOOKS[target.blind][2]
+
+
+def _conditions(targets: Sequence[Target], name: str) -> Table:
+    return Table(
+        name=name,
+        caption="Under which conditions each was published, and where.",
+        columns=[
+            Column(title="id"),
+            Column(title="source", wide=True),
+            Column(title="conditions", wide=True),
+        ],
+        rows=[(target.id, target.source, target.conditions) for target in targets],
+        folded=True,
     )
 
 
 def _orderings(result: ScoreboardResult, name: str) -> Section:
     table = Table(
         name=f"{name}-orderings",
-        caption="Which of two choices is better, as published and as predicted.",
+        caption="Which choice is better, as published and as predicted, from the best to the worst.",
         columns=[
-            Column(title="id"),
             Column(title="what", wide=True),
             Column(title="published", wide=True),
             Column(title="predicted", wide=True),
             Column(title="", tones={"right": "good", "wrong": "bad"}),
         ],
         rows=[
-            (one.id, one.what, one.expected, one.predicted, "right" if one.right else "wrong")
+            (one.what or one.id, one.expected, _predicted(one), "right" if one.right else "wrong")
             for one in result.orderings
         ],
     )
     return Section(title="Orderings", blocks=[table])
+
+
+def _predicted(ordering: Ordering) -> str:
+    """The predicted order, with its values where the result has them."""
+    names = ordering.predicted.split(" > ")
+    return " > ".join(
+        f"{name} {ordering.values[name]:,.4g}" if name in ordering.values else name
+        for name in names
+    )

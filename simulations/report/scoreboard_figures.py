@@ -60,8 +60,7 @@ def errors(figure: Figure, targets: Sequence[Target]) -> None:
         colour, marker, _ = LOOKS[target.blind]
         axes.plot([0, error], [row, row], color=colour, linewidth=1.2)
         axes.plot([error], [row], marker=marker, color=colour, markersize=6)
-    labels = [short(f"{target.id}  {target.what}") for target in targets]
-    axes.set_yticks(rows, labels=labels)
+    axes.set_yticks(rows, labels=[short(t.what or t.id, 44) for t in targets], fontsize=8.5)
     reach = max(12.0, 1.1 * float(np.nanmax(np.abs(errors), initial=0)))
     axes.set(ylim=(len(targets) - 0.4, -0.6), xlim=(-reach, reach))
     axes.set_xlabel("error of the prediction (%); bands: ±5 %, ±10 %")

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from simulations.report.fronts import front_of
 from simulations.report.serve_result import Event, ParetoPoint, ServeResult, Spread
 from simulations.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, short
 from simulations.report.values import FloatArray
@@ -127,33 +128,21 @@ def memory(figure: Figure, result: ServeResult) -> None:
 def pareto(figure: Figure, points: Sequence[ParetoPoint]) -> None:
     """Throughput of a rank against the speed that a user sees, by concurrency."""
     axes = figure.subplots()
-    known = [p for p in points if np.isfinite(p.tokens_per_s_per_user + p.tokens_per_s_per_rank)]
-    known.sort(key=lambda point: (point.tokens_per_s_per_user, point.tokens_per_s_per_rank))
-    x = [point.tokens_per_s_per_user for point in known]
-    y = [point.tokens_per_s_per_rank for point in known]
-    on_front = [not _is_beaten(point, known) for point in known]
-    front = [(a, b) for a, b, best in zip(x, y, on_front, strict=True) if best]
-    axes.plot(*zip(*front, strict=True), color=BLUE, linewidth=1.2, label="best of each speed")
-    axes.scatter(
-        x, y, s=42, edgecolors=BLUE, zorder=3,
-        facecolors=[BLUE if best else "none" for best in on_front],
-    )  # fmt: skip
-    for point in known:
-        axes.annotate(
-            f"{point.concurrency:,.0f}" if np.isfinite(point.concurrency) else "",
-            (point.tokens_per_s_per_user, point.tokens_per_s_per_rank),
-            textcoords="offset points",
-            xytext=(6, 5),
-            fontsize=9,
-        )
+    pairs = {point: (point.tokens_per_s_per_user, point.tokens_per_s_per_rank) for point in points}
+    pairs = {point: pair for point, pair in pairs.items() if np.isfinite(sum(pair))}
+    front = front_of(list(pairs.values()))
+    axes.plot(*zip(*front, strict=True), color=BLUE, linewidth=1.2)
+    filled = [BLUE if pair in front else "none" for pair in pairs.values()]
+    x, y = zip(*pairs.values(), strict=True)
+    axes.scatter(x, y, s=42, edgecolors=BLUE, facecolors=filled, zorder=3)
+    for point, pair in pairs.items():
+        if np.isfinite(point.concurrency):
+            axes.annotate(
+                f"{point.concurrency:,.0f}", pair, xytext=(6, 5), textcoords="offset points",
+                fontsize=9,
+            )  # fmt: skip
     axes.set(xlabel="tokens/s of each user", ylabel="tokens/s of each rank", ylim=(0, None))
     axes.set_xlim(0, None)
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.margins(0.08)
     axes.grid(visible=True)
-
-
-def _is_beaten(point: ParetoPoint, points: Sequence[ParetoPoint]) -> bool:
-    """Whether another one is at least as good in both, and better in one."""
-    mine = (point.tokens_per_s_per_user, point.tokens_per_s_per_rank)
-    others = [(p.tokens_per_s_per_user, p.tokens_per_s_per_rank) for p in points]
-    return any(a >= mine[0] and b >= mine[1] and (a, b) != mine for a, b in others)

@@ -29,6 +29,7 @@ _LABELS = {
 }
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (9, 2)))
 MAX_LABEL = 32
+Colour = tuple[float, float, float, float]
 
 _SETTINGS: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
@@ -108,13 +109,13 @@ def label_of(name: str) -> str:
     return _LABELS.get(name, name)
 
 
-def short(text: str) -> str:
-    """A label that leaves room for the picture: one line, cut after MAX_LABEL characters."""
+def short(text: str, longest: int = MAX_LABEL) -> str:
+    """A label that leaves room for the picture: one line, cut after so many characters."""
     line = " ".join(text.split())
-    return line if len(line) <= MAX_LABEL else f"{line[: MAX_LABEL - 1]}…"
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
-def readable_on(colour: tuple[float, float, float, float]) -> str:
+def readable_on(colour: Colour) -> str:
     """Black or white, whichever is easier to read on this colour (WCAG relative luminance)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

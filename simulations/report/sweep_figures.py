@@ -3,25 +3,41 @@
 M panels, R rows, C columns.
 """
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from simulations.report.style import AMOUNT_MAP, INK, RED, label_of, readable_on, short
-from simulations.report.sweep_grid import AXES, METRICS, Cell, SweepGrid
+from simulations.report.fronts import front_of
+from simulations.report.other_results import SweepPoint
+from simulations.report.style import (
+    AMOUNT_MAP,
+    INK,
+    RED,
+    Colour,
+    colour_of,
+    dashes_of,
+    label_of,
+    readable_on,
+    short,
+)
+from simulations.report.sweep_grid import AXES, METRICS, Cell, SweepGrid, figure_of
 from simulations.report.values import FloatArray, fact
 
 MAX_PANELS, MAX_ROWS, MAX_COLUMNS = 12, 40, 12
 PANEL_COLUMNS = 3
+GB = 1e9
 
 
 def numbers_of(grid: SweepGrid, metric: str) -> FloatArray:
     """[M, R, C]: the metric of each point that is drawn; NaN where there is none."""
     return np.array(
         [
-            [[_number(grid, (panel, row, c), metric) for c in grid.columns[:MAX_COLUMNS]]
+            [[_in_cell(grid, (panel, row, c), metric) for c in grid.columns[:MAX_COLUMNS]]
              for row in grid.rows[:MAX_ROWS]]
             for panel in grid.panels[:MAX_PANELS]
         ]
@@ -30,48 +46,50 @@ def numbers_of(grid: SweepGrid, metric: str) -> FloatArray:
 
 def heat_tables(figure: Figure, grid: SweepGrid, metric: str) -> None:
     """One figure of every point, darker where it is better."""
-    table_MRC = numbers_of(grid, metric)
+    table_MRC, missing_MRC = numbers_of(grid, metric), numbers_of(grid, "missing_bytes")
     merit_MRC = -table_MRC if METRICS.get(metric, ("", "", "high"))[2] == "low" else table_MRC
     best = float(np.nanmax(merit_MRC))
     norm = Normalize(float(np.nanmin(merit_MRC)), best)
-    num_panels = len(table_MRC)
-    columns = min(PANEL_COLUMNS, num_panels)
-    panels = figure.subplots(
-        -(-num_panels // columns), columns, sharex=True, sharey=True, squeeze=False
-    ).ravel()
-    for axes in panels[num_panels:]:
+    columns = min(PANEL_COLUMNS, len(table_MRC))
+    rows = -(-len(table_MRC) // columns)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(table_MRC) :]:
         axes.remove()
-    for axes, name, table_RC, merit_RC in zip(
-        panels, grid.panels, table_MRC, merit_MRC, strict=False
-    ):
-        _table(axes, table_RC, merit_RC, norm, best)
-        axes.set_title(short(label_of(fact(name))) if grid.panel_axis == "policy" else "")
+    for m, axes in enumerate(panels[: len(table_MRC)]):
+        axes.imshow(
+            np.ma.masked_invalid(merit_MRC[m]), cmap=AMOUNT_MAP, norm=norm, aspect="auto",
+            interpolation="none",
+        )  # fmt: skip
+        for place, value in np.ndenumerate(table_MRC[m]):
+            if np.isfinite(value):
+                merit = merit_MRC[m][place]
+                _write(axes, place, value, AMOUNT_MAP(norm(merit)), is_best=merit == best)
+            elif np.isfinite(missing_MRC[m][place]):
+                text = f"−{compact(missing_MRC[m][place] / GB)} GB"
+                axes.text(*place[::-1], text, ha="center", va="center", fontsize=7.5)
+        axes.set_title(_panel_name(grid, m))
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
     _name_axes(figure, panels[0], grid)
 
 
-def _table(
-    axes: Axes, table_RC: FloatArray, merit_RC: FloatArray, norm: Normalize, best: float
-) -> None:
-    """Cells with their numbers; the best of the whole figure in a frame with a star."""
-    axes.imshow(
-        np.ma.masked_invalid(merit_RC), cmap=AMOUNT_MAP, norm=norm, aspect="auto",
-        interpolation="none",
+def _write(axes: Axes, place: tuple[int, ...], value: float, on: Colour, *, is_best: bool) -> None:
+    """A cell's number; the best of the whole figure in a frame, with a star."""
+    row, column = place
+    text = compact(value) + (" ★" if is_best else "")
+    weight = "bold" if is_best else "normal"
+    axes.text(
+        column, row, text, color=readable_on(on), weight=weight, ha="center", va="center",
+        fontsize=8.5,
     )  # fmt: skip
-    for (row, column), value in np.ndenumerate(table_RC):
-        known = bool(np.isfinite(value))
-        is_best = known and merit_RC[row, column] == best
-        colour = readable_on(AMOUNT_MAP(norm(merit_RC[row, column]))) if known else INK
-        text = compact(value) + (" ★" if is_best else "")
-        weight = "bold" if is_best else "normal"
-        axes.text(
-            column, row, text, color=colour, weight=weight, ha="center", va="center", fontsize=8.5
-        )
-        if is_best:
-            frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec=RED, lw=2.2)
-            frame.set_clip_on(False)
-            axes.add_patch(frame)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    if is_best:
+        frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec=RED, lw=2.2)
+        frame.set_clip_on(False)
+        axes.add_patch(frame)
+
+
+def _panel_name(grid: SweepGrid, panel: int) -> str:
+    return short(label_of(fact(grid.panels[panel]))) if grid.panel_axis else ""
 
 
 def _name_axes(figure: Figure, first: Axes, grid: SweepGrid) -> None:
@@ -83,10 +101,44 @@ def _name_axes(figure: Figure, first: Axes, grid: SweepGrid) -> None:
         figure.supxlabel(AXES.get(grid.column_axis, short(grid.column_axis)), fontsize=10)
 
 
-def _number(grid: SweepGrid, place: Cell, metric: str) -> float:
+def _in_cell(grid: SweepGrid, place: Cell, metric: str) -> float:
     point = grid.points.get(place)
-    value = point.result.get(metric) if point else None
-    return value if isinstance(value, float) else float("nan")
+    return figure_of(point, metric) if point else math.nan
+
+
+def speed_of(point: SweepPoint) -> tuple[float, float] | None:
+    """Tokens per second of each user and of each rank, if the point has both."""
+    tpot_ms, of_rank = figure_of(point, "tpot_ms"), figure_of(point, "tokens_per_s_per_rank")
+    return (1000 / tpot_ms, of_rank) if tpot_ms > 0 and np.isfinite(of_rank) else None
+
+
+def pareto(figure: Figure, points: Sequence[SweepPoint], tpot_ms: float) -> None:
+    """Every point by what its users and its ranks get, and the best of each policy joined."""
+    axes = figure.subplots()
+    policies = list(dict.fromkeys(fact(point.point.get("policy", "")) for point in points))
+    for policy in policies:
+        mine = [point for point in points if fact(point.point.get("policy", "")) == policy]
+        pairs = sorted({pair for pair in map(speed_of, mine) if pair})
+        if not pairs:
+            continue
+        colour = colour_of(policy, policies)
+        x, y = zip(*pairs, strict=True)
+        axes.scatter(x, y, color=colour, s=26, zorder=3)
+        axes.plot(
+            *zip(*front_of(pairs), strict=True),
+            color=colour,
+            linestyle=dashes_of(policy, policies),
+            marker="o",
+            markersize=5,
+            label=short(label_of(policy)) or "all",
+        )
+    if tpot_ms > 0:
+        label = f"{tpot_ms:g} ms for each token"
+        axes.axvline(1000 / tpot_ms, color=INK, linestyle=":", linewidth=1.2, label=label)
+    axes.set(xlabel="tokens/s of each user", ylabel="tokens/s of each rank", ylim=(0, None))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.grid(visible=True)
+    figure.legend(loc="outside upper left", ncols=5)
 
 
 def compact(value: float) -> str:

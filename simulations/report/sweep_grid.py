@@ -1,5 +1,6 @@
 """The points of a sweep laid out as tables: which axes become columns, rows and panels."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +21,7 @@ METRICS: dict[str, tuple[str, str, Literal["low", "high"]]] = {
     "throughput": ("throughput", "tokens/s", "high"),
     "tokens_per_s_per_rank": ("throughput of a rank", "tokens/s", "high"),
     "step_ms_mean": ("step", "ms", "low"),
-    "tpot_ms": ("time per output token", "ms", "low"),
+    "tpot_ms": ("time per token", "ms", "low"),
     "imbalance_mean": ("mean imbalance", "", "low"),
 }
 """Figures of a point that are drawn: title, unit, and which end of the scale is better."""
@@ -87,6 +88,12 @@ def metrics_of(points: Sequence[SweepPoint]) -> list[str]:
     ]
     known = [metric for metric in METRICS if metric in found]
     return known or found[:1]
+
+
+def figure_of(point: SweepPoint, key: str) -> float:
+    """One of the point's figures; NaN where it has none of that name."""
+    value = point.result.get(key)
+    return value if isinstance(value, float) else math.nan
 
 
 def _values(points: Sequence[SweepPoint], axis: str) -> list[float | str]:

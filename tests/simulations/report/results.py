@@ -47,6 +47,8 @@ def balance_result(
         "workload": {"name": "lognormal", "skew": 1.0, "jitter": 0.2},
         "steps": 2000,
         "tokens_per_rank": 128,
+        "context": 4096,
+        "phase": "decode",
         "steps_per_s": 3120.5,
         "warnings": ["tokens 4096 is beyond the measured range [1, 2048]: extrapolated"],
         "expert_load_LE": share(rng, (num_layers, num_experts), 0.9).tolist(),
@@ -78,12 +80,14 @@ def policy_result(
         "imbalance_mean": level,
         "imbalance_p99": level * 1.2,
         "planned_imbalance": 1 + (level - 1) * 0.3,
+        "difference_mean": (level - 1) * 1.4,
         "node_bytes_per_token": float(traffic_NN.sum()),
         "node_rows_per_token": 3.2,
         "rank_bytes_per_token": 91_000.0,
         "migrated_bytes": 0 if not every else 3.1e11 / every,
         "moves": 0 if not every else 1234,
         "throughput": 120_000 / level**0.6,
+        "throughput_bare": 121_000 / level**0.6,
         "step_ms_mean": 60.1 * level**0.6,
         "step_ms_p99": 66.6 * level**0.6,
         "straggler": {"rank": int(rng.integers(num_ranks)), "share": 0.02 * level},
@@ -209,19 +213,24 @@ def scoreboard_result(seed: int = 0) -> dict[str, Any]:
                 "predicted": published * (1 + error),
                 "error": error,
                 "blind": i >= 12,
+                "note": "",
             }
         )
+    soft = targets[0] | {"id": "P1", "error": 0.3, "note": "a mean of 24 hours"}
     return {
         "kind": "scoreboard",
         **MADE_WITH,
         "command": command("expertmesh simulate scoreboard"),
+        "calibrations": {"h800-deepep-v1": "946eca4927aa", "h100-published": "ea7fc231abbe"},
         "targets": targets,
+        "soft": [soft],
         "orderings": [
             {
                 "id": f"O{i}",
                 "what": "two micro-batches against one, batch 256",
-                "expected": "two_batch faster",
-                "predicted": "two_batch faster",
+                "expected": ["b256", "no gain", "b64"],
+                "predicted": ["b256", "b64", "no gain"] if i == 4 else ["b256", "no gain", "b64"],
+                "values": {"b256": 1.2081, "no gain": 1.0, "b64": 1.01 if i == 4 else 0.882},
                 "right": i != 4,
             }
             for i in range(10)
@@ -238,11 +247,14 @@ def sweep_result(seed: int = 0) -> dict[str, Any]:
             for tokens in (32, 64, 128, 256):
                 for i, policy in enumerate(("none", "eplb", "ours")):
                     fits = (nodes, redundant) != (4, 64)
+                    tpot_ms = float(30 + tokens / 5 + rng.normal() - 4 * i)
                     result = {
                         "status": "ok",
-                        "throughput": 900 * tokens * nodes * (1 + 0.2 * i) / (1 + tokens / 200),
-                        "step_ms_mean": float(30 + tokens / 5 + rng.normal()),
+                        "throughput": 1000 * tokens * nodes * 8 / tpot_ms,
+                        "tokens_per_s_per_rank": 1000 * tokens / tpot_ms,
+                        "tpot_ms": tpot_ms,
                         "imbalance_mean": 1.5 - 0.2 * i,
+                        "memory_bytes": 6e10,
                     }
                     point = {
                         "num_nodes": nodes,
@@ -253,13 +265,15 @@ def sweep_result(seed: int = 0) -> dict[str, Any]:
                         "overlap": "none",
                         "policy": policy,
                     }
-                    too_large = {"status": "does not fit", "missing_bytes": 4.2e9}
+                    too_large = {"status": "does not fit", "why": "4.2 GB too much"}
+                    too_large |= {"missing_bytes": 4.2e9}
                     points.append({"point": point, "result": result if fits else too_large})
     return {
         "kind": "sweep",
         **MADE_WITH,
         "command": command("expertmesh simulate sweep --nodes 4,8"),
         "grid": {"num_nodes": [4, 8]},
+        "tpot_ms": 60.0,
         "points": points,
     }
 

@@ -105,6 +105,19 @@ def test_the_front_is_what_nothing_else_beats(pairs):
     assert set(zip(line.get_xdata(), line.get_ydata(), strict=True)) == front
 
 
+def test_a_sweep_shows_what_users_and_ranks_get_of_each_point():
+    points = read_result(sweep_result()).points
+    figure = Figure()
+    sweep_figures.pareto(figure, points, tpot_ms=50.0)
+    (axes,) = figure.axes
+    shown = {tuple(pair) for cloud in axes.collections for pair in cloud.get_offsets().tolist()}
+    results = [made["result"] for made in sweep_result()["points"]]
+    assert shown == {
+        (1000 / r["tpot_ms"], r["tokens_per_s_per_rank"]) for r in results if "tpot_ms" in r
+    }
+    assert axes.lines[-1].get_xdata() == [20.0, 20.0]
+
+
 def test_a_sweep_has_each_point_in_its_cell():
     result = read_result(sweep_result())
     grid = laid_out(result.points)

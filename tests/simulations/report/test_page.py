@@ -20,7 +20,7 @@ def test_a_head_says_what_was_simulated_and_how(page):
     head = page.all("article")[0].one("dl", class_="facts").words()
     for known in (
         "deepseek-v3", "nodes 8", "lognormal", "2,000", "seed 7", "h100-published (0123456789ab)",
-        "0.1.0", "expertmesh simulate balance --preset deepseek-v3 --nodes 8",
+        "0.1.0", "context 4,096 · phase decode", "expertmesh simulate balance --preset deepseek-v3 --nodes 8",
     ):  # fmt: skip
         assert known in head
     assert "tokens 4096 is beyond the measured range" in page.all("article")[0].words()
@@ -103,9 +103,9 @@ def test_the_table_of_policies_has_the_results_numbers(page):
     first = results.balance_result()["policies"]["none"]["throughput"]
     assert rows["ours"][1] == f"{made['throughput']:,.0f}"
     assert rows["ours"][2] == f"+{100 * (made['throughput'] / first - 1):.1f}"
-    assert rows["ours"][3:6] == ["1.020", "1.224", "1.006"]
+    assert rows["ours"][3:7] == ["1.020", "1.224", "1.006", "2.8"]
     best = [cell.words() for cell in table.all(class_="best")]
-    assert rows["ours"][1:8] == best
+    assert rows["ours"][1:9] == best
 
 
 def test_files_of_numbers_have_headers_with_units_and_all_digits(directory):
@@ -140,7 +140,10 @@ def test_targets_orderings_and_claims_are_listed(page):
     targets = page.one("table", id="scoreboard-targets-numbers")
     assert len(targets.all("tr")) == 1 + 24
     assert targets.words().count("in-sample") == targets.words().count("blind") == 12
-    assert page.one("table", id="scoreboard-orderings-numbers").words().count("wrong") == 1
+    soft = page.one("table", id="scoreboard-soft-numbers")
+    assert "a mean of 24 hours" in soft.words()
+    orderings = page.one("table", id="scoreboard-orderings-numbers").words()
+    assert orderings.count("wrong") == orderings.count("b256 1.208 > b64 1.01 > no gain 1") == 1
     assert "median error of the blind ones is 3.1 %" in page.words()
     claims = page.one("table", id="claims-table-numbers")
     assert [tone.words() for tone in claims.all("span", class_="tone")] == ["reproduces", "partly"]
@@ -155,6 +158,9 @@ def test_the_best_cluster_of_a_sweep_comes_first_and_is_marked(page):
     assert "★" in page.one("figure", id="sweep-throughput").words()
     everything = page.one("table", id="sweep-points-numbers")
     assert everything.words().count("does not fit") == 12
+    assert page.one("figure", id="sweep-throughput").words().count("−4.20 GB") == 12
+    in_time = page.one("table", id="sweep-best-in-time-numbers").one("tbody").children
+    assert all(float(row.children[-2].words()) <= 60 for row in in_time)
     assert len(everything.all("tr")) == 1 + len(points)
 
 
