@@ -28,15 +28,19 @@ def scoreboard(
     it is done, and how to submit a target.
     """
     from deploy.json_file import write_json
+    from simulations.report.build import check_report, write_report
     from simulations.scoreboard.board import run, table
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        typer.echo(f"{json_file}: its directory does not exist", err=True)
-        raise typer.Exit(2)
-    result = run()
-    print(table(result))
-    write_json(json_file, result)
-    if report is not None:
-        from simulations.report.build import write_report
-
-        print(f"report: {write_report([result], report)}")
+    try:
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise ValueError(f"{json_file}: its directory does not exist")
+        if report is not None:
+            check_report(report)
+        result = run()
+        print(table(result))
+        write_json(json_file, result)
+        if report is not None:
+            print(f"report: {write_report([result], report)}")
+    except (ValueError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
