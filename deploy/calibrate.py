@@ -52,6 +52,8 @@ def _choose_gpu(device: str) -> bool:
 
 def _check_writable(out: Path) -> None:
     """Before minutes of measuring, not after."""
+    if out.suffix != ".json" and not out.is_dir():
+        raise ValueError(f"--out {out}: name it *.json, so that --calibration takes it for a file")
     if out.is_dir():
         raise ValueError(f"--out {out} is a directory: name a file in it")
     if not out.parent.is_dir():
@@ -77,3 +79,8 @@ def _show(values: dict[str, Any]) -> None:
     for what, row in values["fidelity"].items():
         held_out.add_row(what, str(row["points"]), f"{row['median']:.1%}", f"{row['worst']:.1%}")
     console.print(held_out)
+    for row in values["measured"].get("step", ()):
+        print(
+            f"decode step, 2 x 2 ranks, {row['sequences']} sequences each: predicted "
+            f"{row['predicted_ms']:.1f} ms, ran in {row['measured_ms']:.1f} ms"
+        )

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from cluster.model.config import MlaConfig, ModelConfig
+from cluster.model.config import ModelConfig
 from simulations.hardware import fit
 from simulations.hardware.calibration import Calibration
+from simulations.hardware.cpu_tables import core_tables
 from simulations.hardware.fidelity import fidelity
-from simulations.hardware.gpu_links import fit_link
+from simulations.hardware.fit import fit_link, rounded
+from simulations.presets import load_model
 
 Say = Callable[[str], None]
 
@@ -51,8 +53,7 @@ def gpu_calibration(
     links = {where: {"alpha_s": x.alpha_s, "beta": x.beta} for where, x in borrowed.links.items()}
     if "link" in found["measured"]:
         times = found["measured"]["link"]
-        alpha_s, beta = fit_link(times["bytes"], times["both_ways_s"])
-        links["node"] = {"alpha_s": rounded(alpha_s), "beta": rounded(beta)}
+        links["node"] = fit_link(times["bytes"], times["both_ways_s"])
         notes.append("links inside a node: peer copies, both ways at once")
     return _calibration(
         model,
@@ -72,14 +73,18 @@ def gpu_calibration(
 
 
 def cpu_calibration(
-    model: ModelConfig, *, name: str, command: str, quick: bool, say: Say
+    model: ModelConfig, *, name: str, command: str, quick: bool, say: Say, sizes: Any = None
 ) -> dict[str, Any]:
-    """The calibration of ranks of this machine, as many at once as are measured together."""
-    from simulations.hardware import measure_cpu
+    """The calibration of ranks of this machine, as many at once as are measured together.
 
-    sizes = measure_cpu.Sizes.quick() if quick else measure_cpu.Sizes()
+    sizes: a `measure_cpu.Sizes`; None: as `quick` says.
+    """
+    from simulations.hardware import measure_cpu
+    from simulations.hardware.step_check import step_check
+
+    sizes = sizes or (measure_cpu.Sizes.quick() if quick else measure_cpu.Sizes())
     found = measure_cpu.measure(model, sizes, say)
-    return _calibration(
+    values = _calibration(
         model,
         found,
         name=name,
@@ -91,17 +96,24 @@ def cpu_calibration(
             "dispatch": found["dispatch"],
             "combine": found["combine"],
             "overheads": found["overheads"],
-            "overlap": {"sm_share": 0.0, "supports_two_batch": False},
-            "range": _ranges(sizes.rows, sizes.contexts, (1, sizes.ranks)),
+            "overlap": {"sm_share": 0.0, "supports_two_batch": False, "pipelined_stages": False},
+            "range": _ranges(sizes.rows, sizes.contexts, (1, measure_cpu.LAYOUT.world_size)),
         },
         say=say,
     )
+    if model == load_model("mosaic"):
+        say("a step, predicted and run")
+        calibration = Calibration.from_json(json.dumps(values), name)
+        values["measured"]["step"] = [
+            step_check(calibration, sequences, sizes.steps) for sequences in sizes.check_sequences
+        ]
+    return values
 
 
 def write(path: Path, values: Mapping[str, Any]) -> Calibration:
     """Check, then put in place at once, so that there is never half a file. Raises OSError."""
     text = json.dumps(values, indent=1)
-    text = re.sub(r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]), text) + "\n"
+    text = re.sub(r"\[[^\[\]{}]*\]", _on_one_line, text) + "\n"
     calibration = Calibration.from_json(text, str(path))
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -112,9 +124,8 @@ def write(path: Path, values: Mapping[str, Any]) -> Calibration:
     return calibration
 
 
-def rounded(x: float) -> float:
-    """To four digits."""
-    return float(f"{x:.4g}")
+def _on_one_line(numbers: re.Match[str]) -> str:
+    return re.sub(r"\s+", " ", numbers[0]).replace("[ ", "[").replace(" ]", "]")
 
 
 def _calibration(
@@ -182,21 +193,9 @@ def _fit(model: ModelConfig, values: dict[str, Any], dtypes: tuple[Any, ...]) ->
     for dtype in dtypes:
         launch = fit.fit_launch(model, calibration(), measured[dtype], dtype)
         values["gemm"][dtype] = {"overhead_s": rounded(launch.overhead_s), "tile": launch.tile}
-    decode, prefill = (tables.get(key) for key in _attention_tables(model))
+    decode, prefill = (tables.get(key) for key in core_tables(model))
     attention = fit.fit_attention(model, calibration(), decode, prefill)
     values["attention"] = {key: rounded(x) for key, x in attention.items()}
-
-
-def _attention_tables(model: ModelConfig) -> tuple[str, str]:
-    """Names of the tables of attention's core in decode and for prompts."""
-    attention = model.attention
-    if isinstance(attention, MlaConfig):
-        heads, rotary = attention.num_heads, attention.qk_rope_head_dim
-        plain = attention.qk_nope_head_dim + rotary + attention.v_head_dim
-        latent = attention.kv_lora_rank + rotary
-        return f"mla_decode/bfloat16/{heads}x{latent}", f"attention_prefill/{heads}x{plain}"
-    heads, dim = attention.num_heads, attention.head_dim
-    return f"gqa_decode/bfloat16/{heads}x{dim}", f"attention_prefill/{heads}x{2 * dim}"
 
 
 def _ranges(

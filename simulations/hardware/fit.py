@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cluster.model.config import ModelConfig
 from comms.topology import Topology
@@ -26,6 +26,7 @@ Floats = NDArray[np.float64]
 
 TILES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 OVERHEADS_S = tuple(float(x) for x in np.geomspace(2e-7, 1e-2, 60))
+MOST_BETA = 1e12  # bytes/s of a link whose messages all take alike long
 LARGE_ROWS = 0.125  # of the most rows measured: from there on a product is at its peak
 
 
@@ -141,3 +142,20 @@ def _best_attention(
     choices = [(float(rate), overhead_s) for rate in rates for overhead_s in OVERHEADS_S]
     rate, overhead_s = min(choices, key=lambda choice: error(*choice))
     return {"decode_flops": rate, "overhead_s": overhead_s}
+
+
+def fit_link(num_bytes: ArrayLike, seconds: ArrayLike) -> dict[str, float]:
+    """{"alpha_s", "beta"} of seconds = alpha + bytes/beta, by least relative squares."""
+    x, y = np.asarray(num_bytes, np.float64), np.asarray(seconds, np.float64)
+    design = np.stack([1 / y, x / y], axis=1)
+    (alpha, slope), *_ = np.linalg.lstsq(design, np.ones(len(y)), rcond=None)
+    if slope <= 0:  # noise: all sizes take alike long
+        return {"alpha_s": float(np.median(y)), "beta": MOST_BETA}
+    if alpha < 0:
+        alpha, slope = 0.0, float(np.median(y / x))
+    return {"alpha_s": rounded(float(alpha)), "beta": rounded(1 / float(slope))}
+
+
+def rounded(x: float) -> float:
+    """To four digits."""
+    return float(f"{x:.4g}")

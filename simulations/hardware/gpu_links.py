@@ -47,11 +47,3 @@ def _seconds(num_bytes: int, *, both: bool, copies: int = 20, repeats: int = 9) 
             torch.cuda.synchronize(source)
         times.append(max(a.elapsed_time(b) for a, b in marks) / 1000 / copies)
     return float(f"{np.median(times[1:]):.4g}")
-
-
-def fit_link(num_bytes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """(alpha_s, beta bytes/s) of seconds = alpha + bytes/beta, by least relative squares."""
-    x, y = np.asarray(num_bytes, np.float64), np.asarray(seconds, np.float64)
-    design = np.stack([1 / y, x / y], axis=1)
-    (alpha, inverse), *_ = np.linalg.lstsq(design, np.ones(len(y)), rcond=None)
-    return max(0.0, float(alpha)), float(1 / inverse)

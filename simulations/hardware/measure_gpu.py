@@ -14,6 +14,7 @@ from cluster.model.config import MlaConfig, ModelConfig
 from simulations import arithmetic
 from simulations.hardware import gpu_links, gpu_occupied, gpu_products, gpu_rows
 from simulations.hardware.gpu_timing import ClockLog, warm_up
+from simulations.hardware.shapes import product_shapes
 
 Say = Callable[[str], None]
 
@@ -32,6 +33,7 @@ class Sizes:
     contexts: tuple[int, ...] = tuple(512 << i for i in range(7))
     prompts: tuple[int, ...] = tuple(512 << i for i in range(6))
     queries: tuple[int, ...] = (1, 2)
+    tensor_parallel_sizes: tuple[int, ...] = (1, 8)
     held: tuple[int, ...] = (8, 16, 24)
 
     @staticmethod
@@ -44,6 +46,7 @@ class Sizes:
             contexts=(512, 4096),
             prompts=(512, 4096),
             queries=(1,),
+            tensor_parallel_sizes=(1,),
             held=(24,),
         )
 
@@ -114,29 +117,29 @@ def _memory() -> tuple[dict[str, Any], dict[str, Any]]:
     return {}, {"memory_bandwidth": bandwidth, "launch_s": launches}
 
 
-def shapes_of(model: ModelConfig) -> list[tuple[int, int]]:
-    """[n, k] of every product of a whole weight with a step's rows."""
-    work = arithmetic.attention(model)
-    gemms = [*work.before, *work.before_prefill, *work.after, *arithmetic.dense_mlp(model)]
-    gemms += [*arithmetic.shared_expert(model), arithmetic.gate(model), arithmetic.head(model)]
-    return sorted({(gemm.n, gemm.k) for gemm in gemms if gemm.count == 1 and gemm.params})
-
-
 def _products(
     model: ModelConfig, sizes: Sizes, dtype: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    shapes = shapes_of(model)
+    parallel = _divisors(model, sizes)
+    shapes = sorted({shape for size in parallel for shape in product_shapes(model, size)})
     if dtype == "float8":
         scales, product = gpu_products.best_float8()
-        return gpu_products.gemm_tables(
-            "gemm/float8", product, shapes, sizes.rows, kernel=f"_scaled_mm, {scales}"
-        ), {}
+        kernel = f"_scaled_mm, {scales}"
+        tables = gpu_products.gemm_tables("gemm/float8", product, shapes, sizes.rows, kernel=kernel)
+        return tables, {}
     tables = gpu_products.gemm_tables("gemm/bfloat16", gpu_products.bfloat16, shapes, sizes.rows)
-    work = arithmetic.attention(model)
-    heads = [gemm for gemm in (*work.before, *work.after) if gemm.count > 1]
-    for gemm in heads:
-        tables |= gpu_products.per_head_tables(gemm.count, [(gemm.n, gemm.k)], sizes.rows)
+    for size in parallel:
+        work = arithmetic.attention(model, size)
+        for gemm in (*work.before, *work.after):
+            if gemm.count > 1:
+                shape = [(gemm.n, gemm.k)]
+                tables |= gpu_products.per_head_tables(gemm.count, shape, sizes.rows)
     return tables, {}
+
+
+def _divisors(model: ModelConfig, sizes: Sizes) -> list[int]:
+    """The tensor-parallel sizes that divide the model's heads."""
+    return [size for size in sizes.tensor_parallel_sizes if model.attention.num_heads % size == 0]
 
 
 def _experts(model: ModelConfig, sizes: Sizes, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -162,18 +165,22 @@ def _rows(model: ModelConfig, sizes: Sizes) -> tuple[dict[str, Any], dict[str, A
 def _attention(model: ModelConfig, sizes: Sizes) -> tuple[dict[str, Any], dict[str, Any]]:
     from simulations.hardware import gpu_attention  # needs Triton
 
-    heads = model.attention.num_heads
-    decode = gpu_attention.MlaDecode(heads)
     tables: dict[str, Any] = {}
-    for queries in sizes.queries:
-        tables |= decode.tables(sizes.sequences, sizes.contexts, queries)
-    tables |= gpu_attention.prefill_tables(heads, sizes.prompts)
-    held = gpu_occupied.slowdowns({"mla_decode 64 x 4096": decode.work()}, sizes.held)
-    return tables, {
-        "mla_decode_relative_l2": float(f"{decode.error():.3g}"),
-        "mla_decode_tiles_s": decode.tried,
-        "held_multiprocessors/attention": held,
-    }
+    measured: dict[str, Any] = {}
+    for size in _divisors(model, sizes):
+        heads = model.attention.num_heads // size
+        decode = gpu_attention.MlaDecode(heads)
+        for queries in sizes.queries:
+            tables |= decode.tables(sizes.sequences, sizes.contexts, queries)
+        tables |= gpu_attention.prefill_tables(heads, sizes.prompts)
+        measured[f"mla_decode/{heads}"] = {
+            "relative_l2": float(f"{decode.error():.3g}"),
+            "tiles_s": decode.tried,
+            "held_multiprocessors": gpu_occupied.slowdowns(
+                {"64 sequences x 4096": decode.work()}, sizes.held
+            ),
+        }
+    return tables, measured
 
 
 def _occupied(model: ModelConfig, sizes: Sizes) -> tuple[dict[str, Any], dict[str, Any]]:
