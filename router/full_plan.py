@@ -1,5 +1,8 @@
 """One layer planned from nothing: every rank's share of the load cut exactly, every slot used.
 
+Where spare slots are too few for that (less than one for each rank but one), whole copies are packed
+instead, if that leaves ranks more even.
+
 E experts, R ranks, N nodes, S slots of all ranks.
 """
 
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 
 from router.exact_cut import exact_cut
 from router.hub_ring import hub_ring
+from router.packed_copies import packed_copies
 from router.placement import IntArray, settle
 from router.ranks import Ranks
 
@@ -31,16 +35,27 @@ def full_plan(
 ) -> FullPlan:
     """Plan for load_E. score_E: who should have copies first. `present_S`: what should stay."""
     bins, exact = _cut(load_E, score_E, ranks)
+    row_S = _placed(bins, score_E, ranks, present_S)
+    if exact:
+        return FullPlan(row_S, 1.0)
+    packed_S = _placed(packed_copies(load_E, ranks), score_E, ranks, present_S)
+    plans = [FullPlan(row, ranks.imbalance(row, load_E)) for row in (row_S, packed_S)]
+    return min(plans, key=lambda plan: plan.imbalance)
+
+
+def _placed(
+    bins: list[list[int]], score_E: FloatArray, ranks: Ranks, present_S: IntArray | None
+) -> IntArray:
+    """The row of so planned ranks."""
     row_RS = np.full((ranks.num_ranks, ranks.slots_per_rank), -1)
     for rank, experts in enumerate(bins):
         row_RS[rank, : len(experts)] = experts
     if present_S is not None:
         row_RS = row_RS[_most_in_place(row_RS, present_S, ranks)]
     _fill(row_RS, score_E, ranks)
-    row_S = row_RS.ravel()
-    if present_S is not None:
-        row_S = settle(present_S, row_S, ranks.slots_per_rank)
-    return FullPlan(row_S, 1.0 if exact else ranks.imbalance(row_S, load_E))
+    if present_S is None:
+        return row_RS.ravel()
+    return settle(present_S, row_RS.ravel(), ranks.slots_per_rank)
 
 
 def _cut(load_E: FloatArray, score_E: FloatArray, ranks: Ranks) -> tuple[list[list[int]], bool]:
