@@ -87,6 +87,7 @@ def _result(study: Study, rows: list[dict[str, Any]], interrupted: bool) -> dict
         "command": command(),
         "calibration": {"name": study.calibration.name, "hash": study.calibration.hash},
         "steps": study.steps,
+        "warnings": list(dict.fromkeys(text for row in rows for text in row["warnings"])),
         "rows": rows,
     }
     if interrupted:

@@ -79,11 +79,13 @@ def _task(name: str, ids_TLK: Ids, progress: Callable[[str], None]) -> dict[str,
 
 def _layer(planned: LayerPlacement, eplb: LayerPlacement, ids_TK: IntArray) -> dict[str, float]:
     split, by_nodes = LayerSplit(planned), choose_by_nodes(NodeChoice(planned))
-    ours = _mean(serve(planned, by_nodes, batch) for batch in batches(ids_TK))
-    by_counts = _mean(serve(planned, choose_by_counts(split), batch) for batch in batches(ids_TK))
-    theirs = _mean(serve(eplb, choose_own_node(eplb), batch) for batch in batches(ids_TK))
+    ours = mean_of(serve(planned, by_nodes, batch) for batch in batches(ids_TK))
+    by_counts = mean_of(serve(planned, choose_by_counts(split), batch) for batch in batches(ids_TK))
+    theirs = mean_of(serve(eplb, choose_own_node(eplb), batch) for batch in batches(ids_TK))
     larger, whole = (
-        _mean(serve(planned, by_nodes, batch) for batch in batches(ids_TK, min(size, len(ids_TK))))
+        mean_of(
+            serve(planned, by_nodes, batch) for batch in batches(ids_TK, min(size, len(ids_TK)))
+        )
         for size in (4 * BATCH_TOKENS, len(ids_TK))
     )
     counts = [np.bincount(np.concatenate(b).ravel(), minlength=64) for b in batches(ids_TK)]
@@ -100,29 +102,33 @@ def _layer(planned: LayerPlacement, eplb: LayerPlacement, ids_TK: IntArray) -> d
     }
 
 
-def placed_by_affinity(load_E: NDArray[np.float64], past_TK: Ids) -> LayerPlacement:
+def placed_by_affinity(
+    load_E: NDArray[np.float64], past_TK: Ids, shape: ClusterShape = SHAPE
+) -> LayerPlacement:
     row_S = plan_layer(
         load_E,
         past_TK.astype(np.int64),
-        num_nodes=SHAPE.num_nodes,
-        ranks_per_node=SHAPE.ranks_per_node,
-        slots_per_rank=SHAPE.slots_per_rank,
+        num_nodes=shape.num_nodes,
+        ranks_per_node=shape.ranks_per_node,
+        slots_per_rank=shape.slots_per_rank,
     )
     return Placement(
         physical_to_logical=row_S[None],
-        num_experts=SHAPE.num_experts,
-        num_ranks=SHAPE.num_ranks,
-        ranks_per_node=SHAPE.ranks_per_node,
+        num_experts=shape.num_experts,
+        num_ranks=shape.num_ranks,
+        ranks_per_node=shape.ranks_per_node,
     ).layer(0)
 
 
-def batches(ids_TK: IntArray, size: int = BATCH_TOKENS) -> Iterator[Tokens]:
+def batches(
+    ids_TK: IntArray, size: int = BATCH_TOKENS, num_ranks: int = SHAPE.num_ranks
+) -> Iterator[Tokens]:
     """Whole batches in the order of the trace; each token starts on a random rank."""
     rng = np.random.default_rng(SEED)
     for start in range(0, len(ids_TK) - size + 1, size):
-        source_T = rng.permutation(np.arange(size) % SHAPE.num_ranks)
+        source_T = rng.permutation(np.arange(size) % num_ranks)
         batch_TK = ids_TK[start : start + size]
-        yield [batch_TK[source_T == rank] for rank in range(SHAPE.num_ranks)]
+        yield [batch_TK[source_T == rank] for rank in range(num_ranks)]
 
 
 def serve(layer: LayerPlacement, choose: Choose, ids_R: Tokens) -> Served:
@@ -138,15 +144,19 @@ def serve(layer: LayerPlacement, choose: Choose, ids_R: Tokens) -> Served:
 def choose_by_nodes(choice: NodeChoice) -> Choose:
     """What all ranks do with NodeChoice: counts of slots are exchanged."""
 
+    layer = choice.layer
+    per_node = layer.slots_per_node // layer.slots_per_rank
+
     def choose(ids_R: Tokens) -> Tokens:
-        preferred_R = [choice.prefer(ids_TK, _node(rank)) for rank, ids_TK in enumerate(ids_R)]
-        counts_NMS = _by_node([_counts(slots_TK, SHAPE.num_slots) for slots_TK in preferred_R])
+        preferred_R = [choice.prefer(ids_TK, rank // per_node) for rank, ids_TK in enumerate(ids_R)]
+        counts_RS = [_counts(slots_TK, layer.num_slots) for slots_TK in preferred_R]
+        counts_NMS = _by_node(counts_RS, layer)
         quota_S = choice.relieve(counts_NMS.sum(axis=(0, 1)), SLACK)
         quota_NS = choice.share(counts_NMS.sum(axis=1), quota_S)
         share_NMS = [choice.share(*pair) for pair in zip(counts_NMS, quota_NS, strict=True)]
         shares = zip(ids_R, preferred_R, np.concatenate(share_NMS), strict=True)
         return [
-            choice.change(ids_TK, slots_TK, share_S, _node(rank))
+            choice.change(ids_TK, slots_TK, share_S, rank // per_node)
             for rank, (ids_TK, slots_TK, share_S) in enumerate(shares)
         ]
 
@@ -156,16 +166,19 @@ def choose_by_nodes(choice: NodeChoice) -> Choose:
 def choose_by_counts(split: LayerSplit) -> Choose:
     """What all ranks do with LayerSplit: counts of experts are exchanged."""
 
+    layer = split.layer
+    per_node = layer.slots_per_node // layer.slots_per_rank
+
     def choose(ids_R: Tokens) -> Tokens:
-        counts_NME = _by_node([_counts(ids_TK, SHAPE.num_experts) for ids_TK in ids_R])
+        counts_NME = _by_node([_counts(ids_TK, layer.num_experts) for ids_TK in ids_R], layer)
         before_NME = np.cumsum(counts_NME, axis=1) - counts_NME
         quotas_NEC = split.divide(counts_NME.sum(axis=1), SLACK)
         slots = []
         for rank, ids_TK in enumerate(ids_R):
-            node, idx = divmod(rank, SHAPE.ranks_per_node)
+            node, idx = divmod(rank, per_node)
             before_E, mine_E = before_NME[node, idx], counts_NME[node, idx]
             share_EC = share_of_rank(quotas_NEC[node], before_E, mine_E)
-            slots.append(choose_by_share(ids_TK, share_EC, split.layer))
+            slots.append(choose_by_share(ids_TK, share_EC, layer))
         return slots
 
     return choose
@@ -179,19 +192,15 @@ def choose_own_node(layer: LayerPlacement) -> Choose:
     ]
 
 
-def _node(rank: int) -> int:
-    return rank // SHAPE.ranks_per_node
-
-
 def _counts(values: IntArray, size: int) -> IntArray:
     return np.bincount(values.ravel(), minlength=size)
 
 
-def _by_node(counts_R: list[IntArray]) -> IntArray:
+def _by_node(counts_R: list[IntArray], layer: LayerPlacement) -> IntArray:
     """[N, M, ...] of each rank's counts."""
-    return np.stack(counts_R).reshape(SHAPE.num_nodes, SHAPE.ranks_per_node, -1)
+    return np.stack(counts_R).reshape(layer.num_nodes, -1, len(counts_R[0]))
 
 
-def _mean(served: Iterable[Served]) -> Served:
+def mean_of(served: Iterable[Served]) -> Served:
     per_token, imbalance = np.mean(list(served), axis=0).tolist()
     return Served(per_token, imbalance)

@@ -38,12 +38,13 @@ _SHORTER = 5
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
     """loads: other loads of experts by name, as changes of `spec`; the first is spec's own.
-    flags: what makes `expertmesh simulate balance` run `spec`."""
+    flags: what makes `expertmesh simulate balance` run `spec`. warnings: of all runs so far."""
 
     title: str
     spec: BalanceSpec
     loads: Mapping[str, Changes]
     flags: tuple[str, ...]
+    warnings: list[str] = field(default_factory=list)
     _results: dict[str, Policies] = field(default_factory=dict)
 
     def policies(self, changes: Changes | None = None) -> Policies:
@@ -53,7 +54,9 @@ class Dataset:
         if key not in self._results:
             steps = max(1, self.spec.steps // (_SHORTER if changes else 1))
             spec = replace(self.spec, **{"steps": steps, **changes})
-            self._results[key] = simulate(spec)["policies"]
+            result = simulate(spec)
+            self._results[key] = result["policies"]
+            self.warnings.extend(t for t in result["warnings"] if t not in self.warnings)
         return self._results[key]
 
     def command(self) -> str:
@@ -62,7 +65,11 @@ class Dataset:
 
 def drawn(calibration: Calibration, *, steps: int, seed: int) -> Dataset:
     spec = _spec("deepseek-v3", 8, 8, calibration, Workload(), steps, seed)
-    loads = {name: {"load": Workload(name=name)} for name in ("uniform", "zipf", "task_shift")}
+    loads: dict[str, Changes] = {
+        name: {"load": Workload(name=name)} for name in ("uniform", "zipf")
+    }
+    shift = Workload(name="task_shift", shift_every=_half(steps))
+    loads["task_shift"] = {"load": shift, "steps": steps}
     return Dataset(
         title="DeepSeek-V3, 8 x 8 ranks, drawn",
         spec=spec,
@@ -73,14 +80,20 @@ def drawn(calibration: Calibration, *, steps: int, seed: int) -> Dataset:
 
 def recorded(calibration: Calibration, trace: Path, *, steps: int, seed: int) -> Dataset:
     """Raises LoadFileError, when it is used, for a file of another model or of none."""
-    load = Trace(path=trace, shift_every=max(1, steps // 2 // _SHORTER))
+    load = Trace(path=trace, shift_every=_half(steps))
+    shift = {"load": replace(load, order="task_shift"), "steps": steps}
     spec = _spec("deepseek-v2-lite", 4, 4, calibration, load, steps, seed)
     return Dataset(
         title="DeepSeek-V2-Lite, 4 x 4 ranks, recorded",
         spec=spec,
-        loads={"mixed": {}, "task_shift": {"load": replace(load, order="task_shift")}},
+        loads={"mixed": {}, "task_shift": shift},
         flags=_flags(spec, "--preset", "deepseek-v2-lite", "--trace", json.dumps(trace.name)),
     )
+
+
+def _half(steps: int) -> int:
+    """Of the run: after so many the task changes, once."""
+    return max(1, -(-steps // 2))
 
 
 def _spec(

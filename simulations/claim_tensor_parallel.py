@@ -64,7 +64,11 @@ def tensor_parallel_row(
     enough = {
         name: row["throughput_same_tpot"] >= LEAST_THROUGHPUT for name, row in figures.items()
     }
-    quick = {name: row["tpot_same_throughput"] <= MOST_LATENCY for name, row in figures.items()}
+    quick = {
+        name: (row["tpot_same_throughput"] or math.inf) <= MOST_LATENCY
+        for name, row in figures.items()
+    }
+    warnings = [text for row in figures.values() for text in row.pop("warnings")]
     size = main["tensor_parallel_size"]
     return {
         "claim": f"3.2 x the throughput and half the latency: DeepSeek-V3, {NUM_NODES} x "
@@ -77,21 +81,26 @@ def tensor_parallel_row(
         "verdict": _verdict(enough[cases[0].name], quick[cases[0].name]),
         "why": _why(enough, quick),
         "figures": figures,
+        "warnings": list(dict.fromkeys(warnings)),
     }
 
 
 def _measured(main: dict[str, Any], figures: dict[str, dict[str, Any]]) -> str:
     others = "; ".join(
         f"{name} (TP{row['tensor_parallel_size']}): {row['throughput_same_tpot']:.1f} x, "
-        f"{row['tpot_same_throughput']:.2f} x"
+        f"{_factor(row['tpot_same_throughput'])}"
         for name, row in list(figures.items())[1:]
     )
     return (
         f"at the baseline's time per token {main['throughput_same_tpot']:.1f} x its tokens/s; at its "
-        f"tokens/s {main['tpot_same_throughput']:.2f} x its time, at its batch "
-        f"{main['tpot_same_batch']:.2f} x; both at what memory holds "
+        f"tokens/s {_factor(main['tpot_same_throughput'])} its time, at its batch "
+        f"{_factor(main['tpot_same_batch'])}; both at what memory holds "
         f"{main['throughput_at_limits']:.1f} x. {others}"
     )
+
+
+def _factor(value: float | None) -> str:
+    return "not reached" if value is None else f"{value:.2f} x"
 
 
 def _verdict(enough: bool, quick: bool) -> str:
@@ -135,12 +144,15 @@ def compare(
             max_tokens=1,
             kv_tokens=case.context,
         )
+        curves = (
+            experts.curve(case.calibration, case.context),
+            tensor_parallel_curve(group, case.context, workload, seed),
+        )
         results[case.name] = {
+            "calibration": case.calibration.hash,
             "tensor_parallel_size": group.size,
-            **ratios(
-                experts.curve(case.calibration, case.context),
-                tensor_parallel_curve(group, case.context, workload, seed),
-            ),
+            **ratios(*curves),
+            "warnings": [*experts.warnings, *group.warnings],
         }
     return results
 

@@ -8,9 +8,10 @@
 No public source of the first three was found, nor their baselines, so each row names the one it
 takes. Routing is DeepSeek-V3's on 8 nodes x 8 ranks, drawn, and DeepSeek-V2-Lite's on 4 x 4, recorded.
 
-A row: {"id", "claim", "published", "baseline", "measured", "command", "verdict", "why", "figures"};
+A row: {"id", "claim", "published", "baseline", "measured", "command", "verdict", "why", "figures",
+"warnings"};
 verdict is "reproduces", "partly", "does not" or, without a trace, "skipped". `figures` has all numbers:
-every policy, and what the row's module says.
+every policy, and what the row's module says. `warnings`: what had to be extrapolated.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ def rows_of(study: Study, progress: Progress = lambda text: None) -> Iterator[Ro
             continue
         for name in ("drawn", "recorded"):
             progress(f"{claim}, {name} routing")
-            row = BY_ROUTING[claim](datasets[name]) if name in datasets else _skipped(claim)
-            yield {"id": f"{claim}_{name}", **row}
+            dataset = datasets.get(name)
+            row = BY_ROUTING[claim](dataset) if dataset else _skipped(claim)
+            yield {"id": f"{claim}_{name}", "warnings": [], **row}
 
 
 def _skipped(claim: str) -> Row:

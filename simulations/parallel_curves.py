@@ -76,6 +76,7 @@ class ExpertParallel:
 
     def __init__(self, deployment: Deployment, workload: Workload, seed: int) -> None:
         self.deployment, self._workload, self._seed = deployment, workload, seed
+        self.warnings: list[str] = []
         self._divided: dict[int, tuple[Array, Sends]] = {}
 
     def curve(self, calibration: Calibration, context: int) -> Curve:
@@ -103,7 +104,11 @@ class ExpertParallel:
             work = StepWork.decode(np.full((1, 1), tokens * per_replica), context)
             return min(float(cost.step(work, slot_BLS, sends).total_B.mean()) for cost in models)
 
-        return _curve(fits, seconds, 1)
+        curve = _curve(fits, seconds, 1)
+        for warning in [warning for cost in models for warning in cost.warnings]:
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+        return curve
 
     def _of_batch(self, tokens: int) -> tuple[Array, Sends]:
         """Tokens of each slot in some steps, [B, L, S], and how far tokens travel."""
