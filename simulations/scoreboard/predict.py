@@ -20,6 +20,7 @@ from simulations.deployment import Deployment, Dispatcher, Overlap
 from simulations.hardware.calibration import Calibration
 from simulations.network import Link
 from simulations.presets import load_model
+from simulations.scoreboard import skew
 from simulations.scoreboard.routing import Balance, IntArray, Routing, imbalance
 
 SEED = 20250505
@@ -30,7 +31,7 @@ NUM_BATCHES = 16
 class Run:
     """Conditions of a step: what a rank works on is the subclass's.
 
-    layers_only: without what belongs to no layer. output: tokens/s of a node, or ms of the step.
+    layers_only: without what belongs to no layer. loads: whose experts' loads. output: tokens/s of a node, or ms of the step.
     """
 
     nodes: int
@@ -42,6 +43,7 @@ class Run:
     ranks_per_node: int = 8
     model: str = "deepseek-v3"
     layers_only: bool = False
+    loads: skew.Loads = "recorded"
     output: Literal["throughput", "step_ms"] = "throughput"
 
     @property
@@ -56,7 +58,14 @@ class Run:
             overlap=self.overlap,
         )
 
-    def predicted(self, work: StepWork, tokens: float, output_tokens: float, prompt: int) -> float:
+    def predicted(
+        self,
+        work: StepWork,
+        tokens: float,
+        output_tokens: float,
+        experts: skew.Skew,
+        prompt: int = 0,
+    ) -> float:
         """tokens: of a rank in a step; prompt: their prompts' length, 0 in decode."""
         deployment = self.deployment
         parts = 2 if self.overlap == "two_batch" else 1
@@ -71,6 +80,7 @@ class Run:
             num_layers=deployment.model.num_moe_layers,
             tokens=round(share),
             balance=self.balance,
+            skew=experts,
             distinct_prompts=round(share / prompt) if prompt else None,
         )
         cost = CostModel(deployment, Calibration.named(self.calibration))
@@ -95,7 +105,8 @@ class Decode(Run):
     def __call__(self) -> float:
         each = self.tokens_per_request
         work = StepWork.decode(self.requests, self.context, tokens_per_sequence=each)
-        return self.predicted(work, self.requests * each, self.requests * self.accepted, 0)
+        gained = self.requests * self.accepted
+        return self.predicted(work, self.requests * each, gained, skew.decode(self.loads))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +118,8 @@ class Prefill(Run):
 
     def __call__(self) -> float:
         work = StepWork.prefill(self.tokens, self.prompt)
-        return self.predicted(work, self.tokens, self.tokens, self.prompt)
+        experts = skew.prefill(self.loads, self.prompt)
+        return self.predicted(work, self.tokens, self.tokens, experts, self.prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +189,9 @@ def ratio(*, of: Mapping[str, Any], to: Mapping[str, Any]) -> float:
     return top / bottom
 
 
-def rank_imbalance(*, ranks: int, slots: int, tokens: int, balance: Balance) -> float:
+def rank_imbalance(
+    *, ranks: int, slots: int, tokens: int, balance: Balance, loads: skew.Loads = "recorded"
+) -> float:
     """max / mean over ranks of the tokens of one layer of DeepSeek-V3's shape."""
     routing = Routing(
         num_experts=256,
@@ -187,6 +201,7 @@ def rank_imbalance(*, ranks: int, slots: int, tokens: int, balance: Balance) -> 
         num_layers=58,
         tokens=tokens,
         balance=balance,
+        skew=skew.decode(loads, known=False),
     )
     return imbalance(_drawn(routing), ranks)
 

@@ -1,6 +1,6 @@
 """Counts of tokens by slot that a published run must have had: skew, prompts, placement, chance.
 
-Nothing here is a factor. A layer's experts have lognormal loads; a batch of prompts moves them a
+Nothing here is a factor. A layer's experts have unequal loads (`skew.py`); a batch of prompts moves them a
 little, because each prompt has favourites of its own; EPLB (`simulations/eplb.py`) places the mean;
 copies of an expert share its tokens evenly; the counts are then drawn.
 
@@ -16,18 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulations.eplb import eplb
+from simulations.scoreboard.skew import RECORDED, Skew
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Balance = Literal["none", "eplb", "random", "exact"]
 
-SKEW_MEAN, SKEW_SD = 0.673, 0.105
-"""Log-sd of the experts' mean loads, by layer: mean and spread over the 26 layers and two tasks of
-the routing of DeepSeek-V2-Lite that deepseek-ai/ESFT publishes, from the loads' coefficient of
-variation less what 8,000 tokens scatter by chance."""
 PROMPT_JITTER = 0.35
 """Log-sd of an expert's load in one prompt against its mean, beyond chance: tasks "summary" of the
-same recording, windows of 128 to 161 tokens."""
+routing of DeepSeek-V2-Lite that deepseek-ai/ESFT publishes, windows of 128 to 161 tokens."""
 SHAREGPT_PROMPT = 161
 """Mean tokens of a ShareGPT prompt (Kwon et al., SOSP 2023, figure 11). SGLang's benchmark repeats
 one until the length asked for is reached, so that a prompt of 4096 tokens has few distinct ones."""
@@ -54,6 +51,7 @@ class Routing:
     num_layers: int
     tokens: int
     balance: Balance
+    skew: Skew = RECORDED
     distinct_prompts: int | None = None
     prompt_tokens: int = SHAREGPT_PROMPT
 
@@ -66,7 +64,7 @@ class Routing:
         if self.balance == "random":
             share_S = np.full(self.num_slots, 1 / self.num_slots)
             return rng.multinomial(pairs, share_S, size=(num_batches, self.num_layers))
-        load_LE = skewed_loads(rng, self.num_layers, self.num_experts)
+        load_LE = self.skew.loads(rng, self.num_layers, self.num_experts)
         slots_LS = self._placement(load_LE)
         load_BLE = load_LE * self._favourites(rng, num_batches, load_LE)
         share_BLS = _share_of_slots(load_BLE, slots_LS)
@@ -89,12 +87,6 @@ class Routing:
         # Gamma: of mean 1 and this variance, never negative, where an expert is rare too.
         shape_LE = 1 / variance_LE
         return rng.gamma(shape_LE, 1 / shape_LE, size=(num_batches, *load_LE.shape))
-
-
-def skewed_loads(rng: np.random.Generator, num_layers: int, num_experts: int) -> FloatArray:
-    """[L, E] mean loads, of any sum."""
-    sigma_L = np.maximum(rng.normal(SKEW_MEAN, SKEW_SD, num_layers), 0.0)
-    return np.exp(sigma_L[:, None] * rng.standard_normal((num_layers, num_experts)))
 
 
 def imbalance(slot_tokens_BLS: IntArray, num_ranks: int) -> float:

@@ -9,13 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulations.scoreboard.routing import (
-    PROMPT_JITTER,
-    SKEW_MEAN,
-    Routing,
-    imbalance,
-    skewed_loads,
-)
+from simulations.scoreboard.routing import PROMPT_JITTER, Routing, imbalance
 
 UNIFORM = Routing(
     num_experts=256,
@@ -72,11 +66,6 @@ def test_eplb_never_makes_it_worse_than_no_balance(seed: int, tokens: int) -> No
         for balance in ("none", "eplb")
     }
     assert 1 <= drawn["eplb"] < drawn["none"]
-
-
-def test_skew_is_that_of_the_recording() -> None:
-    load_LE = skewed_loads(np.random.default_rng(1), 400, 256)
-    assert np.log(load_LE).std(axis=1).mean() == pytest.approx(SKEW_MEAN, rel=0.02)
 
 
 def test_prompts_scatter_as_simulating_each_of_them_says() -> None:
