@@ -171,6 +171,7 @@ class LoadWindow:
         history.weight_L = _array(state, "weight", np.float64, (layers,))
         history.squares_L = _array(state, "weight_squares", np.float64, (layers,))
         history.batches_L = _array(state, "batches", np.float64, (layers,))
+        _check_shares(mean_LE, history.scatter_LE, history.weight_L)
         rows_LMK = _array(state, "rows", np.int16, (layers, None, None))
         seen = int(_array(state, "rows_seen", np.int64, ()))
         if min(seen, window.sample_tokens) != rows_LMK.shape[1]:
@@ -210,6 +211,22 @@ class LoadWindow:
                 f"rows must be expert ids below num_experts({self.num_experts}), or -1"
             )
         return rows_LMK.astype(np.int16)
+
+
+def _check_shares(mean_LE: FloatArray, scatter_LE: FloatArray, weight_L: FloatArray) -> None:
+    """Shares are at most 1, and so is what they scatter by token; without tokens there are none."""
+    most_L1 = np.where(weight_L > 0, 1 + 1e-9, 0)[:, None]
+    for name, array_LE, limit_L1 in (
+        ("mean", mean_LE, most_L1),
+        ("scatter", scatter_LE, most_L1 * weight_L[:, None]),
+    ):
+        wrong_L = (array_LE > limit_L1).any(axis=1)
+        if wrong_L.any():
+            layer = int(wrong_L.argmax())
+            raise ValueError(
+                f"array '{name}' has {array_LE[layer].max():g} in layer {layer}, which weighs "
+                f"{weight_L[layer]:g} tokens: at most {limit_L1[layer, 0]:g} is possible"
+            )
 
 
 def _array(

@@ -233,6 +233,7 @@ def test_a_spoiled_byte_gives_a_window_or_a_named_error(tmp_path, name, at, valu
         hnp.array_shapes(min_dims=0, max_dims=4, max_side=3),
     ),
 )
+@example(name="weight", array=np.array([0.0, 1.0, 1.0]))
 @settings(max_examples=150, deadline=None)
 def test_any_array_in_place_of_ours(name, array) -> None:
     try:

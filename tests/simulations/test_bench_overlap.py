@@ -1,4 +1,4 @@
-"""The overlap benchmark: its cases add up, and what the rule leaves alone is the same program."""
+"""The overlap benchmark: its cases add up. Whether one overlaps depends on how fast links are today."""
 
 import pytest
 
@@ -17,7 +17,6 @@ def test_cases_add_up() -> None:
         assert case["compute_s"] + case["comm_s"] == pytest.approx(case["serial_s"])
         hidden_s = case["hidden_fraction"] * min(case["compute_s"], case["comm_s"])
         assert case["serial_s"] - hidden_s == pytest.approx(case["overlapped_s"])
-        assert not case["overlaps"]  # loopback is too fast for it to pay
 
 
 @pytest.mark.parametrize(("model", "repeats"), [(SMALL, 0), (Model(hosts=1), 1)])
