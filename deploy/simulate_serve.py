@@ -27,7 +27,7 @@ def serve(
     redundant_experts: Annotated[
         int | None,
         typer.Option(
-            help="Further copies. [default: one spare slot a rank]", rich_help_panel=_CLUSTER
+            help="Further copies; if not given, one spare slot a rank.", rich_help_panel=_CLUSTER
         ),
     ] = None,
     weights: Annotated[
@@ -61,7 +61,7 @@ def serve(
     ] = 256,
     requests: Annotated[
         int | None,
-        typer.Option(help="So many. [default: 2000]", rich_help_panel=_TRAFFIC),
+        typer.Option(help="So many; if not given, 2000.", rich_help_panel=_TRAFFIC),
     ] = None,
     duration: Annotated[
         float | None,
@@ -94,7 +94,9 @@ def serve(
     ] = "lognormal",
     skew: Annotated[
         float | None,
-        typer.Option(help="[default: the workload's]", rich_help_panel=_TRAFFIC),
+        typer.Option(
+            help="Log-sd or exponent of it; if not given, its usual one.", rich_help_panel=_TRAFFIC
+        ),
     ] = None,
     jitter: Annotated[
         float, typer.Option(help="Log-sd from step to step.", rich_help_panel=_TRAFFIC)
@@ -124,7 +126,9 @@ def serve(
     ] = 64,
     max_model_len: Annotated[
         int | None,
-        typer.Option(help="Prompt and completion. [default: the model's]", rich_help_panel=_SERVER),
+        typer.Option(
+            help="Prompt and completion; if not given, the model's.", rich_help_panel=_SERVER
+        ),
     ] = None,
     max_num_queued_reqs: Annotated[
         int,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.gate import GateConfig
-from simulations.expert_loads import COUNTS, SHARES
+from simulations.expert_loads import COUNTS, SHARES, counts_of
 from simulations.load_shares import LoadShape, Workload, limited, make_shares
 
 FloatArray = NDArray[np.float64]
@@ -53,4 +53,4 @@ class Demand:
         rng = np.random.default_rng([self._seed, COUNTS, self._epoch, num_pairs, number])
         noise_BLE = rng.standard_normal((num_steps, *self.mean_LE.shape))
         load_BLE = self.mean_LE * np.exp(self._workload.jitter * noise_BLE)
-        return rng.multinomial(num_pairs, limited(load_BLE, self._most))
+        return counts_of(rng, num_pairs, limited(load_BLE, self._most))

@@ -103,6 +103,9 @@ def test_a_lost_replica_s_requests_go_on_elsewhere():
     sim.run()
     assert sim.front_end.num_resubmitted == 2
     assert [r.emitted for r in sim.front_end.finished] == [50] * 4
+    samples = sim.record.samples()
+    before = samples["output_tokens"][samples["end_s"] < 2]
+    assert before.sum() == 4 * 10, "what the step of the failure had computed is lost"
     resumed = next(time_s for time_s, work in stepper.work if time_s > 1.05)
     assert resumed == pytest.approx(1.05 + REGROUP_S)
     work = next(work for time_s, work in stepper.work if time_s > 1.05)
