@@ -190,7 +190,7 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['steps_per_s']:,.0f} steps/s"
     )
     best = max(row["throughput"] for row in result["policies"].values())
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for number, name in enumerate(
         ("policy", "max/mean", "p99", "planned", "KiB*", "moved", "ms/step", "tokens/s", "")
     ):

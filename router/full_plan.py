@@ -35,27 +35,25 @@ def full_plan(
 ) -> FullPlan:
     """Plan for load_E. score_E: who should have copies first. `present_S`: what should stay."""
     bins, exact = _cut(load_E, score_E, ranks)
-    row_S = _placed(bins, score_E, ranks, present_S)
-    if exact:
-        return FullPlan(row_S, 1.0)
-    packed_S = _placed(packed_copies(load_E, ranks), score_E, ranks, present_S)
-    plans = [FullPlan(row, ranks.imbalance(row, load_E)) for row in (row_S, packed_S)]
-    return min(plans, key=lambda plan: plan.imbalance)
-
-
-def _placed(
-    bins: list[list[int]], score_E: FloatArray, ranks: Ranks, present_S: IntArray | None
-) -> IntArray:
-    """The row of so planned ranks."""
-    row_RS = np.full((ranks.num_ranks, ranks.slots_per_rank), -1)
-    for rank, experts in enumerate(bins):
-        row_RS[rank, : len(experts)] = experts
+    row_RS = _row(bins, ranks)
+    if not exact:
+        packed_RS = _row(packed_copies(load_E, ranks), ranks)
+        row_RS = min(row_RS, packed_RS, key=lambda row: ranks.imbalance(row.ravel(), load_E))
     if present_S is not None:
         row_RS = row_RS[_most_in_place(row_RS, present_S, ranks)]
     _fill(row_RS, score_E, ranks)
-    if present_S is None:
-        return row_RS.ravel()
-    return settle(present_S, row_RS.ravel(), ranks.slots_per_rank)
+    row_S = row_RS.ravel()
+    if present_S is not None:
+        row_S = settle(present_S, row_S, ranks.slots_per_rank)
+    return FullPlan(row_S, 1.0 if exact else ranks.imbalance(row_S, load_E))
+
+
+def _row(bins: list[list[int]], ranks: Ranks) -> IntArray:
+    """[R, slots]: -1 where a rank has fewer experts than slots."""
+    row_RS = np.full((ranks.num_ranks, ranks.slots_per_rank), -1)
+    for rank, experts in enumerate(bins):
+        row_RS[rank, : len(experts)] = experts
+    return row_RS
 
 
 def _cut(load_E: FloatArray, score_E: FloatArray, ranks: Ranks) -> tuple[list[list[int]], bool]:

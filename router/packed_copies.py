@@ -38,7 +38,8 @@ def packed_copies(load_E: FloatArray, ranks: Ranks) -> list[list[int]]:
         row_RP[rank, filled_R[rank]] = expert
         filled_R[rank] += 1
         load_R[rank] += share_E[expert]
-    _exchange(row_RP, load_R, np.append(share_E, 0.0), ranks.speed_R)
+    share_E = np.append(load_E / np.bincount(row_RP[row_RP >= 0], minlength=len(load_E)), 0.0)
+    _exchange(row_RP, share_E[row_RP].sum(axis=1), share_E, ranks.speed_R)
     return [[expert for expert in row if expert >= 0] for row in row_RP.tolist()]
 
 

@@ -286,7 +286,7 @@ def _result(
             "combine_dtype": deployment.combine_dtype,
             "dispatcher": deployment.dispatcher,
             "overlap": deployment.overlap,
-            "units": spec.units,
+            "units": len(units),
         },
         "workload": workload,
         "steps": units[0].num_steps,
