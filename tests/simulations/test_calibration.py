@@ -31,6 +31,7 @@ def test_what_a_file_says_is_what_there_is():
     assert found.combine["node"] == found.links["node"]
     assert (found.step_s, found.layer_s, found.sm_share) == (1e-3, 1e-6, 0.2)
     assert found.tables["gemm/float8/8x4"].at(tokens=16) == pytest.approx(2e-6)
+    assert found.tables["gemm/float8/8x4"].at(tokens=[0.5, 512]) == pytest.approx([1e-6, 18e-6])
     plain = calibration(attention={})
     assert plain.prefill_flops == plain.peak_flops["bfloat16"]
     assert plain.attention_overhead_s == plain.gemm["bfloat16"].overhead_s

@@ -139,6 +139,30 @@ def test_tensor_parallel_attention_exchanges_rows_inside_the_node():
     assert found.layers.gate[0, 0] == pytest.approx(gate)  # a quarter of the rows each
 
 
+@pytest.mark.parametrize("rows", [1, 64, 65, 2001, 4096])
+def test_products_by_hand(rows):
+    """From reading weights to computing tiles."""
+    ops = CostModel(deployment(V3), calibration())._ops
+    for n, k, count, dtype in (
+        (2112, 7168, 1, "float8"), (7168, 2048, 1, "bfloat16"), (512, 128, 128, "bfloat16"),
+    ):  # fmt: skip
+        gemm = arithmetic.Gemm(n=n, k=k, count=count)
+        found = ops.gemm(gemm, np.array([[rows]]), dtype)
+        assert found == pytest.approx(product_seconds(n, k, rows, dtype, count))
+
+
+def test_prompts_expand_the_latent_in_one_product():
+    model = CostModel(deployment(V3, nodes=1, ranks=1), calibration())
+    work = StepWork.prefill([[1000]], [[1000]])
+    shapes = [(2112, 7168), (24576, 1536), (32768, 512)]
+    expected = sum(product_seconds(n, k, 1000, "float8") for n, k in shapes)
+    norm = 1000 * 7168 * NORM_BYTES / 2e12
+    assert model._ops.before_core(work)[0, 0] == pytest.approx(expected + norm)
+    assert model._ops.after_core(work)[0, 0] == pytest.approx(
+        product_seconds(7168, 16384, 1000, "float8")
+    )
+
+
 def test_prompts_attend_in_the_plain_form():
     of = deployment(V3, nodes=1, ranks=1)
     model = CostModel(of, calibration())
@@ -232,6 +256,23 @@ def test_the_replica_with_most_tokens_sends_longest():
     assert after - 2e-5 == pytest.approx((before - 2e-5) * 4)
 
 
+def test_low_latency_kernels_may_use_the_network_inside_a_node_too():
+    of = deployment(V3, nodes=8, ranks=8, dispatcher="low_latency")
+    links = {"network_only": True, "combine": {"network": {"alpha_s": 1e-6, "beta": 1e10}}}
+    dispatch, combine = CostModel(of, calibration(low_latency=links)).exchange_seconds(
+        np.full((1, 58, 64), 800, np.float32), None, np.full((1, 64), 100.0)
+    )
+    assert dispatch[0, 0] == pytest.approx(2e-5 + 800 * 7392 * 63 / 64 / 4e10)
+    assert combine[0, 0] == pytest.approx(1e-6 + 800 * 14336 * 63 / 64 / 1e10)
+
+
+def test_the_ranks_of_a_replica_send_its_tokens_in_equal_shares():
+    of = deployment(V3, nodes=2, ranks=4, size=4)
+    sends = Sends(nodes_per_token_L=1.0, ranks_per_token_L=0.5)
+    found = CostModel(of, calibration()).step(StepWork.decode([[400]], [[9]]), even(of, 100), sends)
+    assert found.layers.dispatch[0, 0] == pytest.approx(2e-5 + 100 * 7392 / 4e10)
+
+
 @pytest.mark.parametrize("dispatcher", ["hierarchical", "flat", "low_latency"])
 def test_one_rank_sends_nothing(dispatcher):
     of = deployment(MOSAIC, nodes=1, ranks=1, dispatcher=dispatcher)
@@ -300,31 +341,74 @@ def parts_of_half(of: Deployment, work: StepWork, slot_tokens, cal):
     return serial, serial.step(work.half(), slot_tokens / 2).layers
 
 
-def test_two_batches_in_decode():
+BETAS = [1e9, 2e10, 4e10, 1e12]  # from all exposed to all hidden
+
+
+def network(beta, **overlap):
+    """Of one beta, for dispatch and combine."""
+    links = {"node": {"alpha_s": 0, "beta": 1e13}, "network": {"alpha_s": 1e-5, "beta": beta}}
+    overlap = {"sm_share": 0.2, "supports_two_batch": True, **overlap}
+    return calibration(links=links, combine={}, overlap=overlap)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("held", [0.0, 1e-5, 1.0])
+def test_two_batches_in_decode(beta, held):
     of = deployment(V3, nodes=8, ranks=8, overlap="two_batch", dispatcher="low_latency")
     work, slot_tokens = StepWork.decode([[128]], [[4096]]), even(of, 128)
-    found = CostModel(of, calibration()).step(work, slot_tokens).layers
-    serial, half = parts_of_half(of, work, slot_tokens, calibration())
+    cal = network(beta, held_s=held)
+    found = CostModel(of, cal).step(work, slot_tokens).layers
+    serial, half = parts_of_half(of, work, slot_tokens, cal)
     before = serial._ops.before_core(work.half())[0, 0]
     after = half.attention - before
-    expected = np.maximum(half.shared + before, half.dispatch) + half.experts
-    expected = 2 * (expected + np.maximum(after + half.gate, half.combine))
+
+    def beside(computed, exchanged):
+        return np.maximum(computed + np.minimum(held, exchanged), exchanged)
+
+    expected = beside(half.shared + before, half.dispatch) + half.experts
+    if held == 1.0:  # exchanges are over before that
+        assert found.hidden_BL == pytest.approx(0)
+    expected = 2 * (expected + beside(after + half.gate, half.combine))
     assert found.total == pytest.approx(expected)
     assert found.exposed_BL + found.hidden_BL == pytest.approx(found.dispatch + found.combine)
 
 
-def test_two_batches_of_prompts():
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("slowdown", [1.0, 1.5])
+def test_two_batches_of_prompts(beta, slowdown):
     of = deployment(V3, nodes=4, ranks=8, overlap="two_batch")
     work, slot_tokens = StepWork.prefill([[4096]], [[1024]]), even(of, 4096)
-    found = CostModel(of, calibration()).step(work, slot_tokens).layers
-    _, half = parts_of_half(of, work, slot_tokens, calibration())
+    cal = network(beta, exchange_slowdown=slowdown)
+    found = CostModel(of, cal).step(work, slot_tokens).layers
+    _, half = parts_of_half(of, work, slot_tokens, cal)
     attention, shared, experts = (
         x / 0.8 for x in (half.attention + half.gate, half.shared, half.experts)
     )
-    expected = np.maximum(attention + shared, half.combine) + np.maximum(attention, half.dispatch)
-    expected = expected + np.maximum(experts, half.dispatch)
-    expected = expected + np.maximum(experts + shared, half.combine)
+    dispatch, combine = half.dispatch * slowdown, half.combine * slowdown
+    expected = np.maximum(attention + shared, combine) + np.maximum(attention, dispatch)
+    expected = expected + np.maximum(experts, dispatch) + np.maximum(experts + shared, combine)
     assert found.total == pytest.approx(expected)
+    assert found.exposed_BL + found.hidden_BL == pytest.approx(found.dispatch + found.combine)
+
+
+def test_layers_without_experts_take_the_whole_batch():
+    work, zeros = StepWork.decode([[128]], [[4096]]), np.zeros((1, 58, 256), np.int32)
+    one, two = (
+        CostModel(deployment(V3, overlap=how), calibration()).step(work, zeros)
+        for how in ("none", "two_batch")
+    )
+    assert two.dense_B == pytest.approx(one.dense_B)
+    assert two.head_B == pytest.approx(one.head_B)
+
+
+def test_a_micro_batch_is_half_of_everything():
+    work = StepWork.decode([[6, 8]], [[10, 20]], tokens_per_sequence=2)
+    half = work.half()
+    assert half.tokens_BD.tolist() == [[6, 8]]
+    assert half.kv_tokens_BD.tolist() == [[30, 80]]
+    assert half.pairs_BD.tolist() == [[60, 160]]
+    assert half.logits_BD.tolist() == [[6, 8]]
+    assert half.context_BD.tolist() == work.context_BD.tolist() == [[10, 20]]
 
 
 OVERLAPS = st.fixed_dictionaries(
