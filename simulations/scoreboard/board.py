@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from statistics import median
 from typing import Any
@@ -13,12 +14,19 @@ from simulations.scoreboard.orderings import read_orderings
 from simulations.scoreboard.predict import NUM_BATCHES, SEED, predict
 from simulations.scoreboard.targets import Target, read_targets
 
+_NAMES = {
+    "in_sample": "in-sample",
+    "blind": "blind",
+    "blind_attached": "given loads",
+}
 COMMAND = ("expertmesh", "simulate", "scoreboard")
 
 
 def run() -> dict[str, Any]:
-    """The JSON result; `soft` targets are apart from `targets`, and in no statistics."""
+    """The JSON result; `soft` targets are apart from `targets`, and in no statistics. `attached`:
+    the blind ones again, with the experts' loads that `skew.py` calls so; statistics of their own."""
     rows = [(target, _row(target)) for target in read_targets()]
+    attached = [_row(_attached(target)) for target, _ in rows if target.blind]
     hashes = {name: Calibration.named(name).hash for name in NAMES}
     return {
         "kind": "scoreboard",
@@ -30,12 +38,25 @@ def run() -> dict[str, Any]:
         "batches": NUM_BATCHES,
         "targets": [row for target, row in rows if not target.soft],
         "soft": [row for target, row in rows if target.soft],
+        "attached": attached,
         "orderings": [ordering.result() for ordering in read_orderings()],
         "blind": _statistics(row for target, row in rows if target.blind),
         "in_sample": _statistics(
             row for target, row in rows if not target.blind and not target.soft
         ),
+        "blind_attached": _statistics(attached),
     }
+
+
+def _attached(target: Target) -> Target:
+    """The same, its experts' loads attached; no longer blind."""
+    conditions = {
+        key: {**value, "loads": "attached"} if isinstance(value, Mapping) else value
+        for key, value in target.conditions.items()
+    }
+    if target.kind != "ratio":
+        conditions["loads"] = "attached"
+    return replace(target, conditions=conditions, blind=False)
 
 
 def _row(target: Target) -> dict[str, Any]:
@@ -73,8 +94,11 @@ def table(result: dict[str, Any]) -> str:
         _table("In-sample: constants were taken from these", in_sample),
         _table("Soft: conditions incomplete, counted nowhere", result["soft"]),
         _table("Blind: no constant has seen these", blind),
+        _table("The same, given the experts' loads", result["attached"]),
         "\n".join(["Orderings", *map(_ordering, result["orderings"])]),
-        "\n".join(_summary(name, result[name]) for name in ("in_sample", "blind")),
+        "\n".join(
+            _summary(name, result[name]) for name in ("in_sample", "blind", "blind_attached")
+        ),
     ]
     return "\n\n".join(parts)
 
@@ -97,7 +121,7 @@ def _ordering(row: dict[str, Any]) -> str:
 
 def _summary(name: str, statistics: dict[str, Any]) -> str:
     return (
-        f"{name.replace('_', '-')}: {statistics['targets']} targets, absolute error "
+        f"{_NAMES[name]}: {statistics['targets']} targets, absolute error "
         f"median {100 * statistics['median_error']:.1f} %, "
         f"worst {100 * statistics['worst_error']:.1f} %"
     )

@@ -30,7 +30,7 @@ def _stored() -> dict[str, Any]:
     return stored
 
 
-@pytest.mark.parametrize("part", ["targets", "soft"])
+@pytest.mark.parametrize("part", ["targets", "soft", "attached"])
 def test_no_error_grew(part: str) -> None:
     stored = {row["id"]: row for row in _stored()[part]}
     for row in _result()[part]:
@@ -41,7 +41,7 @@ def test_constants_flags_and_figures_are_those_of_the_file() -> None:
     """Whoever changes one writes the file anew, and the change shows."""
     result, stored = _result(), _stored()
     assert result["calibrations"] == stored["calibrations"]
-    for part in ("targets", "soft"):
+    for part in ("targets", "soft", "attached"):
         for row, kept in zip(result[part], stored[part], strict=True):
             same = ("id", "published", "blind", "conditions", "source")
             assert {key: row[key] for key in same} == {key: kept[key] for key in same}
@@ -60,6 +60,19 @@ def test_statistics_are_of_the_blind_targets() -> None:
         "median_error": pytest.approx(median(errors), abs=1e-4),
         "worst_error": max(errors),
     }
+
+
+def test_loads_attached_are_those_of_the_blind_targets_and_none_is_blind() -> None:
+    """Predictions whose experts' loads do not matter stay as they are."""
+    blind = {row["id"]: row for row in _result()["targets"] if row["blind"]}
+    attached = {row["id"]: row for row in _result()["attached"]}
+    assert blind.keys() == attached.keys()
+    assert not any(row["blind"] for row in attached.values())
+    same = [name for name in blind if blind[name]["predicted"] == attached[name]["predicted"]]
+    assert same == ["S6-perfect"]
+    assert _result()["blind_attached"]["worst_error"] == max(
+        abs(row["error"]) for row in attached.values()
+    )
 
 
 def test_all_orderings_come_out_as_published() -> None:
