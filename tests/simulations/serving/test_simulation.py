@@ -109,9 +109,8 @@ def test_a_lost_replica_s_requests_go_on_elsewhere():
     resumed = next(time_s for time_s, work in stepper.work if time_s > 1.05)
     assert resumed == pytest.approx(1.05 + REGROUP_S)
     work = next(work for time_s, work in stepper.work if time_s > 1.05)
-    # Two that were here decode on; two come with 32 prompt and 10 emitted tokens, 62 at most at once.
     assert work[0].tokens == 0
-    assert work[1].tokens == 64
+    assert work[1].tokens == 2 + 2 * (32 + 10), "two decode on, two come with what they had"
     [event] = [event for event in sim.record.events if event.kind == "failure"]
     assert event.time_s == 1.05
     assert "requests sent again: 2;" in event.what
@@ -143,6 +142,18 @@ def test_a_full_queue_refuses_as_the_gateway_does():
     sim.run()
     assert sim.front_end.num_rejected == 4
     assert len(sim.front_end.finished) == 5
+
+
+def test_requests_are_admitted_when_they_come_not_when_the_step_is_over():
+    """The second comes while the first, which is all the queue holds, is in its only step."""
+    sim = simulation(
+        [Arrival(0.0, 10, 1), Arrival(0.05, 10, 1), Arrival(0.15, 10, 1)],
+        stepper=FixedStepper(lambda work: 0.1),
+        max_num_queued_reqs=1,
+    )
+    sim.run()
+    assert [r.arrival.time_s for r in sim.front_end.finished] == [0.0, 0.15]
+    assert sim.front_end.num_rejected == 1
 
 
 def test_requests_go_to_the_least_loaded_replica():
