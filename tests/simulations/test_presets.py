@@ -51,7 +51,9 @@ def test_how_weights_are_stored_is_not_the_models_business(tmp_path):
 
 
 def test_what_is_no_model_says_so_in_a_line(tmp_path):
-    with pytest.raises(ValueError, match=r"unknown preset 'gpt': choose from deepseek-v3, .*mosaic"):
+    with pytest.raises(
+        ValueError, match=r"unknown preset 'gpt': choose from deepseek-v3, .*mosaic"
+    ):
         load_model("gpt")
     with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
         load_model(str(tmp_path))
