@@ -86,6 +86,27 @@ def test_every_request_ends_once_with_the_tokens_it_asked_for(requests, replicas
     assert all(r.in_flight == 0 and not r.scheduler.has_work for r in sim.replicas)
 
 
+def test_work_is_what_a_causal_model_computes():
+    """Counted one query after the other: each sees itself and all before it."""
+    scheduler = Scheduler(limits(max_num_batched_tokens=50))
+    for n, prompt in enumerate([1, 30, 45]):
+        params = SamplingParams(max_tokens=4, ignore_eos=True)
+        scheduler.add(Sequence(str(n), list(range(prompt)), params))
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        queries = [
+            (item.start + place + 1, len(item.token_ids))
+            for item in plan.items
+            for place in range(len(item.token_ids))
+        ]
+        work = work_of(plan)
+        assert work.tokens == len(queries)
+        assert work.pairs == sum(keys for keys, _ in queries)
+        assert work.kv_tokens == sum(keys for keys, others in queries if others == 1)
+        assert work.logits == len(plan.logit_items)
+        scheduler.update(plan, {item.seq_id: 1 for item in plan.items})
+
+
 def test_short_of_blocks_the_youngest_is_preempted_and_none_is_lost():
     requests = [Arrival(0.0, 60, 60) for _ in range(4)]
     sim = simulation(requests, config=limits(num_blocks=20))
@@ -99,7 +120,13 @@ def test_a_lost_replica_s_requests_go_on_elsewhere():
     """Rank 0 ends in the middle of a step; what it held goes on from prompt and emitted tokens."""
     requests = [Arrival(0.0, 32, 50) for _ in range(4)]
     stepper = FixedStepper(lambda work: 0.1)
-    sim = simulation(requests, num_replicas=2, stepper=stepper, faults=[Fault(time_s=1.05, rank=0)])
+    sim = simulation(
+        requests,
+        num_replicas=2,
+        config=limits(max_num_batched_tokens=256),
+        stepper=stepper,
+        faults=[Fault(time_s=1.05, rank=0)],
+    )
     sim.run()
     assert sim.front_end.num_resubmitted == 2
     assert [r.emitted for r in sim.front_end.finished] == [50] * 4
