@@ -23,8 +23,9 @@ COMMAND = ("expertmesh", "simulate", "scoreboard")
 
 
 def run() -> dict[str, Any]:
-    """The JSON result; `soft` targets are apart from `targets`, and in no statistics. `attached`:
-    the blind ones again, with the experts' loads that `skew.py` calls so; statistics of their own."""
+    """The JSON result; `soft` targets are apart from `targets`, and in no statistics.
+    `attached`: the blind ones again, with the experts' loads that `skew.py` calls so; statistics of
+    their own."""
     rows = [(target, _row(target)) for target in read_targets()]
     attached = [_row(_attached(target)) for target, _ in rows if target.blind]
     hashes = {name: Calibration.named(name).hash for name in NAMES}

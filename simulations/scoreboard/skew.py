@@ -1,10 +1,10 @@
 """How unequal experts' mean loads are, from recordings; nothing here has seen a target's figure.
 
-"recorded": DeepSeek-V2-Lite's, what every blind prediction uses. "attached": DeepSeek-V3/R1's own, as
-SGLang's authors attached them to the launch commands of the runs that are S6 to S8
+"recorded": DeepSeek-V2-Lite's, what every blind prediction uses. "attached": DeepSeek-V3/R1's own,
+as SGLang's authors attached them to the launch commands of the runs that are S6 to S8
 (sgl-project/sglang#6017, "attachment_ep_statistics", kept in GeneratedRandomly/SGLang-reproduce):
-tokens by layer and expert, 58 x 256 a table, inputs of EPLB. No throughput is in them, but they are of
-those runs: predictions with them stand apart, in no statistics of blind ones.
+tokens by layer and expert, 58 x 256 a table, inputs of EPLB. No throughput is in them, but they are
+of those runs: predictions with them stand apart, in no statistics of blind ones.
 
 L layers, E experts.
 """
