@@ -34,7 +34,7 @@ class Table:
                 f"shape {list(shape)}, got {list(self.values.shape)}"
             )
         for name, points in self.axes.items():
-            if not points or points[0] <= 0 or any(np.diff(points) <= 0):
+            if not points or points[0] <= 0 or any(np.diff(np.log(points)) <= 0):
                 raise ValueError(f"axis {name!r} must ascend from above 0, got {list(points)}")
         if not np.isfinite(self.values).all() or (self.values <= 0).any():
             raise ValueError("the values of a table must be finite and > 0")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from simulations.hardware.tables import Table, table_json
 
-AXIS = st.lists(st.floats(1e-2, 1e6), min_size=1, max_size=5, unique=True).map(sorted)
+AXIS = st.lists(st.integers(1, 10**6), min_size=1, max_size=5, unique=True).map(sorted)
 
 
 @st.composite
@@ -59,6 +59,15 @@ def test_a_power_law_is_found_between_its_points():
     np.testing.assert_allclose(table.at(tokens=[4, 77]), 3e-6 * np.array([4, 77]) ** 0.7)
 
 
+def test_a_power_law_of_two_sizes_is_found_too():
+    rows, keys = np.array([1.0, 10, 1000]), np.array([16.0, 512])
+    values = np.multiply.outer(rows**0.7, keys**0.2)
+    table = Table(axes={"rows": tuple(rows), "keys": tuple(keys)}, values=values)
+    found = table.at(rows=[[4], [77]], keys=[20, 100, 500])
+    expected = np.multiply.outer(np.array([4, 77]) ** 0.7, np.array([20, 100, 500]) ** 0.2)
+    np.testing.assert_allclose(found, expected)
+
+
 def test_beyond_the_grid():
     table = Table(axes={"a": (2, 4), "b": (10, 20)}, values=np.array([[1.0, 2], [3, 6]]))
     np.testing.assert_allclose(table.at(a=[1, 0, 2], b=10), [1, 1, 1])  # as at its edge
@@ -93,6 +102,7 @@ def test_from_json_and_back():
         ({"a": (1, 2)}, [1], "needs values of shape"),
         ({"a": (2, 1)}, [1, 1], "must ascend from above 0"),
         ({"a": (0, 1)}, [1, 1], "must ascend from above 0"),
+        ({"a": (1e6 - 1e-10, 1e6)}, [1, 1], "must ascend from above 0"),  # not in logarithms
         ({"a": (1, 2)}, [1, 0], "finite and > 0"),
         ({"a": (1, 2)}, [1, float("nan")], "finite and > 0"),
     ],
