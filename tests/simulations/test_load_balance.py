@@ -16,7 +16,8 @@ from comms.topology import Topology
 from deploy.cli import app
 from router.placement import Placement
 from router.split import LayerSplit
-from simulations.cost import CostModel, StepWork
+from simulations.balance_record import PARTS, Recorder
+from simulations.cost import CostModel, LayerTimes, StepWork
 from simulations.deployment import Deployment
 from simulations.eplb import eplb, even_rank_loads
 from simulations.hardware.calibration import Calibration
@@ -30,6 +31,7 @@ from simulations.load_balance import (
 from simulations.load_shares import Workload
 from simulations.policies import POLICIES
 from simulations.presets import load_model
+from simulations.sampled_traffic import LayerTraffic
 
 CALIBRATION = Calibration.named("h100-published")
 
@@ -233,6 +235,26 @@ def test_dividing_can_be_charged_for():
     added = charged["ours"]["step_ms_mean"] - free["ours"]["step_ms_mean"]
     assert added == pytest.approx(1e3 * layers * 1e-5, rel=1e-3)
     assert charged["static"] == free["static"]
+
+
+@pytest.mark.parametrize("sizes", [[30], [20, 10], [4] * 7 + [2], [1] * 30, [28, 1, 1]])
+def test_loads_before_and_after_whatever_the_blocks(sizes):
+    loads = np.random.default_rng(0).integers(1, 9, (30, 2, 4)).astype(float)
+    seconds = np.ones((30, 2))
+    parts = LayerTimes(**dict.fromkeys(PARTS, seconds))
+    traffic = LayerTraffic(nodes=0, ranks=0, node_rows=1, rank_rows=0, bytes_NN=np.eye(2))
+    recorder, ends = Recorder(30, 2, 4, 2), np.cumsum(sizes)
+    for end, size in zip(ends, sizes, strict=True):
+        some = slice(end - size, end)
+        time = seconds[some, 0]
+        recorder.add(loads[some], parts, time, time, np.ones(2), np.zeros(2), [traffic] * 2)
+    record = recorder.record([])
+    for found, part in ((record.before_LR, loads[:3]), (record.after_LR, loads[-3:])):
+        total = part.sum(axis=0)
+        assert found == pytest.approx(total / total.mean(axis=1, keepdims=True))
+    assert record.imbalance_TL == pytest.approx(loads.max(axis=2) / loads.mean(axis=2))
+    assert record.node_rows == 1
+    assert record.bytes_NN == pytest.approx(np.eye(2))
 
 
 # The result -------------------------------------------------------------------------------------
