@@ -52,6 +52,12 @@ WRONG = {
     "policies.none.step_ms_mean: must be at most 1e+30": changed(
         BALANCE, "policies", "none", "step_ms_mean", 10**400
     ),
+    "policies.none.step_ms_p99: must be at most 1e+30": changed(
+        BALANCE, "policies", "none", "step_ms_p99", -1e31
+    ),
+    "expert_load_LE.before: must have numbers of at most 1e+30": changed(
+        BALANCE, "expert_load_LE", [[1e31]]
+    ),
     "steps: must be a whole number, not negative": changed(BALANCE, "steps", -1),
     "events[1].time_s: must be a number or null": changed(SERVE, "events", 1, "time_s", "late"),
     "targets[2].id: field required": changed(SCOREBOARD, "targets", 2, {"what": "nameless"}),

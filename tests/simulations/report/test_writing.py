@@ -31,6 +31,13 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+def test_how_fast_it_was_simulated_is_in_the_results_alone(tmp_path):
+    write_report([claims_result() | {"steps_per_s": 123.4}], tmp_path / "one")
+    write_report([claims_result() | {"steps_per_s": 567.8}], tmp_path / "two")
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert {name for name in one if one[name] != two[name]} == {"results.json"}
+
+
 def test_a_report_is_made_again_from_its_results(tmp_path):
     """Also where the results had numpy's numbers and NaN, for which JSON has no words."""
     result = claims_result() | {"seed": np.int64(3), "tokens_per_rank": float("nan")}
