@@ -34,7 +34,8 @@ class Division(Protocol):
         """From now on these layers are as in `placement`."""
 
     def slots(self, counts_BOLE: IntArray, layers: slice = ALL) -> Array:
-        """[B, L, S] tokens of each slot; `layers`: those that counts_BOLE is of, all by default."""
+        """[B, L, S] tokens of each slot. layers: those that counts_BOLE is of. With one origin where
+        nodes differ, the counts are of all nodes alike."""
 
     def choose(self, layer: int, ids_TK: IntArray, source_T: IntArray) -> IntArray:
         """slots_TK of a batch's tokens, in the order of their ranks, source_T; -1 for id -1."""
@@ -63,6 +64,8 @@ class _Weighed:
         counts = counts_BOLE.astype(np.float32)
         batches, origins, _, experts = counts.shape
         expert_LS, weight_OLS = self._expert_LS[layers], self._weight_OLS[:, layers]
+        if origins < len(weight_OLS):
+            weight_OLS = weight_OLS.mean(axis=0, keepdims=True)
         flat = (expert_LS + experts * np.arange(len(expert_LS))[:, None]).ravel()
         slot_BLS = np.zeros((batches, *expert_LS.shape), dtype=np.float32)
         for origin in range(origins):

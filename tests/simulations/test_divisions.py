@@ -68,6 +68,18 @@ def test_no_division_loses_tokens(case):
             assert (one == slots[:, 1:]).all()
 
 
+@settings(max_examples=30, deadline=None)
+@given(placements())
+def test_counts_of_all_nodes_alike_where_nodes_differ(case):
+    placement, topology, rng = case
+    nodes = topology.num_nodes
+    counts = rng.integers(0, 50, (2, 1, 2, placement.num_experts))
+    for division in divisions(topology, nodes).values():
+        division.follow(placement, range(2))
+        together = division.slots(counts * nodes)
+        assert together == pytest.approx(division.slots(np.repeat(counts, nodes, axis=1)), rel=1e-5)
+
+
 @settings(max_examples=60, deadline=None)
 @given(placements())
 def test_static_choice_is_production_s(case):
