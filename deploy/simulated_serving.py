@@ -153,7 +153,7 @@ class _Run:
             **head(self.served),
             "workload": self._workload(),
             "steps_per_s": self.simulation.record.num_steps / max(self.seconds, 1e-9),
-            "warnings": list(self.cost.warnings),
+            "warnings": [*_refusals(self.simulation), *self.cost.warnings],
             **outcome(self.simulation, self.served),
             "pareto": points,
         }
@@ -281,6 +281,13 @@ def command() -> list[str]:
     return words
 
 
+def _refusals(simulation: Simulation) -> list[str]:
+    front = simulation.front_end
+    if not (refused := front.num_rejected + front.num_failed):
+        return []
+    return [f"requests refused: {refused}; the first because {front.first_refusal}"]
+
+
 @contextmanager
 def _progress(num_requests: int, simulation: Simulation) -> Iterator[Callable[[], None]]:
     """A bar on stderr, if that is a terminal."""
@@ -306,8 +313,8 @@ def _progress(num_requests: int, simulation: Simulation) -> Iterator[Callable[[]
 def _show(result: dict[str, Any], seconds: float) -> None:
     cluster, requests, rates = result["cluster"], result["requests"], result["throughput"]
     print(
-        f"{result['model']['name']}, {cluster['num_nodes']} nodes x {cluster['ranks_per_node']} "
-        f"ranks, {cluster['num_replicas']} replicas, policy {cluster['policy']}, calibration "
+        f"{result['model']['name']}, {cluster['num_nodes']} x {cluster['ranks_per_node']} "
+        f"ranks, attention replicas: {cluster['num_replicas']}, policy {cluster['policy']}, calibration "
         f"{result['calibration']['name']} {result['calibration']['hash']}"
     )
     rows = {

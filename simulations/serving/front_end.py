@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from cluster.engine.sequence import TokenEvent
 from cluster.server.errors import RequestError
 from cluster.server.least_loaded import least_loaded
+from cluster.server.request import ModelInfo
 from cluster.server.request_table import RequestTable
+from cluster.server.validation import check_prompt_length
 from simulations.serving.arrivals import Arrival
 from simulations.serving.replica import Replica
 
@@ -49,7 +51,9 @@ class FrontEnd:
         self.requests: dict[str, Request] = {}
         self.finished: list[Request] = []
         self.num_submitted = self.num_rejected = self.num_failed = self.num_resubmitted = 0
-        self._max_model_len = max_model_len
+        self.first_refusal = ""
+        """What the first request that was rejected or failed was told."""
+        self._model = ModelInfo(name="", vocab_size=1, max_model_len=max_model_len)
         self._table = RequestTable(max_num_queued_reqs, _RETRY_AFTER_S)
         self._homeless: list[Request] = []
 
@@ -62,14 +66,16 @@ class FrontEnd:
         """Admit a request and hand it to a replica, or refuse it."""
         self.num_submitted += 1
         try:
+            check_prompt_length(arrival.prompt_tokens, self._model)
             request_id = self._table.reserve(str(self.num_submitted))
-        except RequestError:
+        except RequestError as error:
             self.num_rejected += 1
+            self._refused(error.message)
             return
-        room = self._max_model_len - arrival.prompt_tokens
+        room = self._model.max_model_len - arrival.prompt_tokens
         request = Request(request_id, arrival, min(arrival.output_tokens, room))
         self.requests[request_id] = request
-        if room < 1 or not self._send(request):
+        if not self._send(request):
             self._end(request)
             self.num_rejected += 1
 
@@ -88,6 +94,7 @@ class FrontEnd:
                     self.finished.append(request)
                 else:
                     self.num_failed += 1
+                    self._refused(event.error)
 
     def resubmit(self, lost: Replica) -> int:
         """Everything that was at a lost replica goes elsewhere, in order of arrival."""
@@ -120,11 +127,15 @@ class FrontEnd:
         num_tokens = request.arrival.prompt_tokens + request.emitted
         try:
             replica.add(request.id, num_tokens, request.max_tokens - request.emitted)
-        except ValueError:
+        except ValueError as error:
+            self._refused(str(error))
             return False
         request.replica = replica.idx
         replica.in_flight += 1
         return True
+
+    def _refused(self, reason: str) -> None:
+        self.first_refusal = self.first_refusal or reason
 
     def _end(self, request: Request) -> None:
         del self.requests[request.id]

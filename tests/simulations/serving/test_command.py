@@ -99,6 +99,16 @@ def test_memory_is_that_of_the_blocks_in_use(tmp_path):
     assert memory["free"] < memory["kv"] / cluster["num_blocks"]
 
 
+def test_it_says_why_requests_were_refused(tmp_path):
+    found, shown = saved(tmp_path, "--prompt=100", "--max-model-len=90", "--requests=7")
+    assert found["requests"]["rejected"] == 7
+    [warning] = [text for text in found["warnings"] if "refused" in text]
+    assert "requests refused: 7" in warning
+    assert "the prompt has 100 tokens; must have at most max_model_len - 1 = 89" in warning
+    assert found["ttft_s"]["mean"] is None
+    assert "7 rejected" in shown
+
+
 def test_a_trace_is_served(tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + "0.5,30,4\n" * 7)

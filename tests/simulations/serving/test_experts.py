@@ -8,14 +8,25 @@ from comms.topology import Topology
 from router.load import ExpertLoad
 from router.placement import Placement
 from router.split import LayerSplit, resplit_optima
+from simulations.cost import CostModel, StepWork
 from simulations.deployment import Deployment
 from simulations.divisions import EvenDivision, ResplitDivision
 from simulations.hardware.calibration import Calibration
 from simulations.load_shares import LoadShape, Workload
 from simulations.presets import load_model
+from simulations.serving.cluster_steps import ClusterSteps
 from simulations.serving.demand import Demand
 from simulations.serving.experts import ServedExperts
-from simulations.serving.rebalance import BANDWIDTH, EPLB_INTERVAL_STEPS, Eplb, Ours, Stay
+from simulations.serving.rebalance import (
+    BANDWIDTH,
+    EPLB_INTERVAL_STEPS,
+    NOTHING,
+    Change,
+    Eplb,
+    Ours,
+    Stay,
+)
+from simulations.serving.replica import Work
 
 MODEL = load_model("mosaic")
 LAYERS, EXPERTS = MODEL.num_moe_layers, MODEL.num_experts
@@ -78,6 +89,88 @@ def test_a_lost_rank_s_experts_are_served_by_their_other_copies():
     assert experts.set_lost([])
     experts.advance(2.0)
     assert (experts.slot_tokens(512).reshape(LAYERS, RANKS, -1).sum(axis=2)[:, 3] > 0).all()
+
+
+class OneChange:
+    """At the third step layer 1 gets the slots of another placement."""
+
+    def __init__(self, after):
+        self.placement, self.slowdown = LOADED, 0.0
+        self._after, self._step = after, 0
+
+    def advance(self, now_s, counts_LE):
+        self._step += 1
+        if self._step != 3:
+            return NOTHING
+        self.placement = self._after
+        return Change(layers=(1,), pause_s=0.25)
+
+    def abandon(self):
+        pass
+
+
+def test_experts_that_have_moved_get_their_tokens_where_they_are_now():
+    row_S = np.roll(LOADED.physical_to_logical[1], LOADED.slots_per_rank)
+    changing = served(OneChange(LOADED.with_layers({1: row_S})), EvenDivision(1))
+    staying = served(Stay(LOADED), EvenDivision(1))
+    for step in range(4):
+        assert changing.advance(step * 1.0) == (0.25 if step == 2 else 0.0)
+        staying.advance(step * 1.0)
+        after_LS, before_LS = changing.slot_tokens(256), staying.slot_tokens(256)
+        if step >= 2:
+            before_LS[1] = np.roll(before_LS[1], LOADED.slots_per_rank)
+        np.testing.assert_array_equal(after_LS, before_LS)
+
+
+def test_another_subject_asks_other_experts():
+    experts = served(Stay(LOADED), EvenDivision(1), name="task_shift", shift_every=8, jitter=0.0)
+    tokens = []
+    for step in range(16):
+        experts.advance(step * 0.1)
+        tokens.append(experts.slot_tokens(4096).ravel())
+    same = np.corrcoef(tokens)
+    assert same[0, 7] > 0.99
+    assert same[0, 8] < 0.7
+
+
+def test_a_step_costs_what_its_work_and_its_slots_do():
+    """The cost model asked by hand, with a pause before the step and experts on their way."""
+    cost = CostModel(DEPLOYMENT, Calibration.named("h100-published"))
+    experts = served(OneChange(LOADED), EvenDivision(1))
+    experts.advance(0.0)
+    steps = ClusterSteps(cost, experts)
+    work = [Work(30, 0, 465, 1), Work(3, 90, 90, 3), Work(), Work(1, 7, 7, 1)]
+    step = steps.step(0.0, work)
+    twin = served(Stay(LOADED), EvenDivision(1))
+    slot_LS = twin.slot_tokens(34)
+    expected = cost.step(
+        StepWork(
+            tokens_BD=[[30, 3, 0, 1]],
+            kv_tokens_BD=[[0, 90, 0, 7]],
+            pairs_BD=[[465, 90, 0, 7]],
+            logits_BD=[[1, 3, 0, 1]],
+            has_prompts=True,
+        ),
+        slot_LS[None],
+    )
+    assert step.seconds == pytest.approx(float(expected.total_B[0]), rel=1e-6)
+    rank_LR = slot_LS.reshape(LAYERS, RANKS, -1).sum(axis=2)
+    assert step.balancedness == pytest.approx((rank_LR.mean(axis=1) / rank_LR.max(axis=1)).mean())
+    paused = steps.step(1.0, work).seconds
+    assert 0.25 < paused < 0.25 + 2 * step.seconds
+
+
+def test_steps_are_longer_while_experts_are_on_their_way():
+    cost = CostModel(DEPLOYMENT, Calibration.named("h100-published"))
+    staying, moving = Stay(LOADED), Stay(LOADED)
+    moving.slowdown = 0.02
+    seconds = [
+        ClusterSteps(cost, served(r, EvenDivision(1)))
+        .step(0.0, [Work(8, 80, 80, 8)] * RANKS)
+        .seconds
+        for r in (staying, moving)
+    ]
+    assert seconds[1] == pytest.approx(1.02 * seconds[0])
 
 
 def test_ours_moves_what_the_production_draft_says_one_layer_after_the_other():

@@ -168,6 +168,7 @@ def test_a_full_queue_refuses_as_the_gateway_does():
     sim = simulation(requests, max_num_queued_reqs=5)
     sim.run()
     assert sim.front_end.num_rejected == 4
+    assert "the queue is full: 5 requests in flight" in sim.front_end.first_refusal
     assert len(sim.front_end.finished) == 5
 
 
