@@ -3,7 +3,7 @@
 L MoE layers, E experts, R ranks, N nodes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from simulations.report.balance_result import BalanceResult, BeforeAfter, Policy
+from simulations.report.balance_result import BalanceResult, BeforeAfter
 from simulations.report.heat_maps import (
     EXPERT_TICKS,
     RANK_TICKS,
@@ -21,6 +21,7 @@ from simulations.report.heat_maps import (
     node_lines,
     on_diagonal,
 )
+from simulations.report.panels import panels_of
 from simulations.report.style import FAINT, INK, colour_of, dashes_of, label_of, short
 from simulations.report.values import FloatArray
 
@@ -28,8 +29,6 @@ PaintMap = Callable[[Axes, FloatArray], None]
 
 KIB = 1024
 WHEN = {"before": "first tenth of the run", "after": "last tenth"}
-COMPUTE = ("attention", "gate", "shared", "experts")
-STAGES = ("attention", "gate", "shared", "dispatch", "experts", "combine")
 
 
 def over_time(figure: Figure, result: BalanceResult) -> None:
@@ -40,7 +39,7 @@ def over_time(figure: Figure, result: BalanceResult) -> None:
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     for name in names:
         series = result.policies[name].series
-        look = _line_look(name, names, len(series.step))
+        look = _line_look(name, result, len(series.step))
         for panel, values in zip(axes, (series.balancedness, series.throughput), strict=False):
             if values.size:
                 panel.plot(series.step, values, label=short(label_of(name)), **look)
@@ -53,21 +52,20 @@ def over_time(figure: Figure, result: BalanceResult) -> None:
         panel.grid(visible=True)
     figure.align_ylabels(axes[:2])
     if moved:
-        _rebalance_marks(axes[2], {name: result.policies[name] for name in moved}, names)
+        _rebalance_marks(axes[2], result, moved)
     axes[-1].set_xlabel("step")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=5)
 
 
-def _rebalance_marks(axes: Axes, policies: Mapping[str, Policy], names: list[str]) -> None:
+def _rebalance_marks(axes: Axes, result: BalanceResult, moved: Sequence[str]) -> None:
     """A row of ticks for each policy: when it moved experts."""
-    for row, (name, policy) in enumerate(policies.items()):
-        steps = [rebalance.step for rebalance in policy.rebalances]
-        axes.plot(
-            steps, [row] * len(steps), "|", color=colour_of(name, names), markersize=9, mew=1.4
-        )
-    axes.set_yticks(range(len(policies)), labels=[short(label_of(name)) for name in policies])
-    axes.set(ylim=(len(policies) - 0.4, -0.6), title="rebalances")
+    for row, name in enumerate(moved):
+        steps = [rebalance.step for rebalance in result.policies[name].rebalances]
+        colour = colour_of(name, result.policies)
+        axes.plot(steps, [row] * len(steps), "|", color=colour, markersize=9, mew=1.4)
+    axes.set_yticks(range(len(moved)), labels=[short(label_of(name)) for name in moved])
+    axes.set(ylim=(len(moved) - 0.4, -0.6), title="rebalances")
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=True, axis="x")
 
@@ -79,10 +77,10 @@ def planned_against_served(figure: Figure, result: BalanceResult) -> None:
         for name, policy in result.policies.items()
         if policy.series.balancedness.size and policy.series.planned_balancedness.size
     ]
-    panels = _panels(figure, len(names), columns=3, share=True)
+    panels = panels_of(figure, len(names), columns=3, share=True)
     for axes, name in zip(panels, names, strict=False):
         series = result.policies[name].series
-        colour = colour_of(name, names)
+        colour = colour_of(name, result.policies)
         planned, served = series.planned_balancedness, series.balancedness
         axes.fill_between(series.step, served, planned, color=colour, alpha=0.18, linewidth=0)
         axes.plot(series.step, planned, color=INK, linewidth=1.1, linestyle=(0, (3, 1.5)))
@@ -138,7 +136,7 @@ def node_traffic(figure: Figure, result: BalanceResult) -> None:
     }
     between = {name: np.nansum(map_NN[~on_diagonal(map_NN)]) for name, map_NN in maps.items()}
     most = max(np.nanmax(map_NN[~on_diagonal(map_NN)], initial=0) for map_NN in maps.values())
-    panels = _panels(figure, len(maps), columns=3, share=True)
+    panels = panels_of(figure, len(maps), columns=3, share=True)
     for axes, (name, map_NN) in zip(panels, maps.items(), strict=False):
         image = amount_map(axes, map_NN, most, ".2f" if most < 10 else ".1f")
         axes.set_aspect("equal")
@@ -148,78 +146,10 @@ def node_traffic(figure: Figure, result: BalanceResult) -> None:
     figure.colorbar(image, ax=panels, label="KiB per token", aspect=30, pad=0.015, fraction=0.03)
 
 
-def waterfall(figure: Figure, result: BalanceResult) -> None:
-    """Where a MoE layer's time goes, stage after stage, one panel for each policy."""
-    names = [name for name, policy in result.policies.items() if policy.layer_ms]
-    panels = _panels(figure, len(names), columns=2, share=True)
-    for axes, name in zip(panels, names, strict=False):
-        end = _cascade(axes, result.policies[name].layer_ms, colour_of(name, names))
-        axes.set_title(f"{short(label_of(name))}: {end:,.3f} ms a layer")
-        axes.grid(visible=True, axis="x")
-    for axes in panels:
-        axes.set_yticks(range(len(STAGES)), labels=STAGES)
-        axes.set_ylim(len(STAGES) - 0.4, -0.6)
-        axes.margins(x=0.09)
-    handles = [
-        Patch(facecolor=FAINT, label="computation"),
-        Patch(facecolor="none", edgecolor=INK, hatch="////", label="exposed communication"),
-        Patch(facecolor="none", edgecolor=FAINT, linestyle=":", label="hidden communication"),
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3)
-    figure.supxlabel("milliseconds of one MoE layer", fontsize=10)
-
-
-def _cascade(axes: Axes, layer_ms: Mapping[str, float], colour: str) -> float:
-    """Bars that begin where the last one ended; hidden communication lies under what hides it.
-
-    Of each exchange the same share is hidden, which is all that a result tells. Returns the end.
-    """
-    known = {stage: max(0.0, np.nan_to_num(layer_ms.get(stage, 0.0))) for stage in STAGES}
-    hidden_ms = max(0.0, np.nan_to_num(layer_ms.get("hidden", 0.0)))
-    exchanged = known["dispatch"] + known["combine"]
-    hidden_share = min(1.0, hidden_ms / exchanged) if exchanged else 0.0
-    now = 0.0
-    for row, stage in enumerate(STAGES):
-        took = known[stage]
-        hidden = 0.0 if stage in COMPUTE else took * hidden_share
-        if hidden:
-            axes.barh(
-                row, hidden, left=max(0.0, now - hidden), height=0.62,
-                facecolor="none", edgecolor=FAINT, linestyle=":", linewidth=1.2,
-            )  # fmt: skip
-        if stage in COMPUTE:
-            axes.barh(row, took, left=now, height=0.62, color=colour)
-        else:
-            axes.barh(
-                row, took - hidden, left=now, height=0.62,
-                facecolor="none", edgecolor=colour, hatch="////", linewidth=1.0,
-            )  # fmt: skip
-        now += took - hidden
-        if took:
-            axes.annotate(
-                f"{took:.3f}", (now, row), xytext=(4, 0), textcoords="offset points",
-                va="center", fontsize=8.5,
-            )  # fmt: skip
-    return now
-
-
-def _panels(figure: Figure, count: int, *, columns: int, share: bool) -> list[Axes]:
-    """So many panels in rows, the rest of the last row left out."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    grid = figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False)
-    flat: list[Axes] = list(grid.flat)
-    for axes in flat[count:]:
-        axes.remove()
-    for axes in flat[max(0, count - columns) : count]:
-        axes.tick_params(labelbottom=True)  # the panel below may have been left out
-    return flat[:count]
-
-
-def _line_look(name: str, names: list[str], length: int) -> dict[str, Any]:
+def _line_look(name: str, result: BalanceResult, length: int) -> dict[str, Any]:
     """Colour and dashes of a policy; a curve of a single point is drawn as a point."""
     return {
-        "color": colour_of(name, names),
-        "linestyle": dashes_of(name, names),
+        "color": colour_of(name, result.policies),
+        "linestyle": dashes_of(name, result.policies),
         "marker": "o" if length == 1 else None,
     }

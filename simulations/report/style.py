@@ -6,7 +6,7 @@ the colour of the page's text.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,7 +87,7 @@ def styled() -> Iterator[None]:
         yield
 
 
-def colour_of(name: str, names: Sequence[str]) -> str:
+def colour_of(name: str, names: Collection[str]) -> str:
     """A policy's colour; others than ours take turns, in the order of `names`."""
     if name in _POLICIES:
         return _POLICIES[name]
@@ -95,12 +95,12 @@ def colour_of(name: str, names: Sequence[str]) -> str:
     return _OTHERS[others.index(name) % len(_OTHERS)]
 
 
-def dashes_of(name: str, names: Sequence[str]) -> str | tuple[float, tuple[float, ...]]:
+def dashes_of(name: str, names: Collection[str]) -> str | tuple[float, tuple[float, ...]]:
     """A policy's line style; that of ours, and of what stands alone, is solid."""
     if name == "ours" or len(names) == 1:
         return "-"
     known = [policy for policy in _POLICIES if policy != "ours"]
-    place = known.index(name) if name in known else names.index(name)
+    place = known.index(name) if name in known else list(names).index(name)
     return _DASHES[1 + place % (len(_DASHES) - 1)]
 
 

@@ -12,6 +12,7 @@ from simulations.report.reading import read_result
 from simulations.report.serve_result import ParetoPoint
 from simulations.report.style import LOAD_MAP, colour_of, dashes_of, readable_on, styled
 from simulations.report.sweep_grid import laid_out
+from simulations.report.waterfall import waterfall
 from tests.simulations.report.results import POLICIES, balance_result, serve_result, sweep_result
 
 
@@ -38,7 +39,7 @@ def bars_of(policy_changes):
     result["policies"]["ours"]["layer_ms"] = policy_changes
     with styled():
         figure = Figure()
-        balance_figures.waterfall(figure, read_result(result))
+        waterfall(figure, read_result(result))
     (axes,) = figure.axes
     bars = [bar for bar in axes.patches if bar.get_linestyle() == "solid"]
     return [(bar.get_x(), bar.get_width()) for bar in bars], axes.get_title("left")
