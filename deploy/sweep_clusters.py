@@ -63,6 +63,8 @@ def sweep_command(
         grid, study, jobs = _read(options)
         if report is not None:
             check_report(report)
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise ValueError(f"{json_file}: its directory does not exist")
         store = PointStore(points_file)
         with Leaving().handled():
             swept = _evaluated(grid, study, store, jobs)

@@ -1,16 +1,19 @@
-"""Work spread over processes of one thread each; results come in the order in which they finish."""
+"""Work spread over processes of one thread each; results come in the order in which they finish.
+
+Not concurrent.futures: its main thread holds locks that its other threads need, and Ctrl-C while it
+does leaves all of them waiting. Here one thread waits for pipes, and holds nothing.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing import active_children, get_context, parent_process
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,41 +31,89 @@ def each_finished(
 ) -> Generator[tuple[Item, Result], None, None]:
     """(item, function(item)) of all items; with one process, here and in order.
 
-    `function` and items are pickled. Whatever ends the iteration early, Ctrl-C among it, ends the
-    processes too. Raises RuntimeError if one of them dies, and what `function` raises.
+    `function`, items, results and errors are pickled. Whatever ends the iteration early, Ctrl-C among
+    it, ends the processes too. Raises RuntimeError if one of them dies, and what `function` raises.
     """
     if num_processes == 1 or len(items) < 2:
         for item in items:
             yield item, function(item)
         return
-    with _pool(min(num_processes, len(items))) as pool:
-        item_of: dict[Future[Result], Item] = {pool.submit(function, item): item for item in items}
-        try:
-            while item_of:
-                for future in wait(item_of, return_when=FIRST_COMPLETED).done:
-                    yield item_of.pop(future), future.result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a process of the sweep was killed, for want of memory perhaps: try fewer --jobs"
-            ) from error
+    left = iter(items)
+    with _workers(function, min(num_processes, len(items))) as workers:
+        busy = {worker: _given(worker, item) for worker, item in zip(workers, left, strict=False)}
+        while busy:
+            for worker in wait([*busy]):
+                assert isinstance(worker, Connection)
+                done, (is_error, answer) = busy.pop(worker), _answer(worker)
+                if is_error:
+                    raise answer
+                for item in left:
+                    busy[worker] = _given(worker, item)
+                    break
+                yield done, answer
+
+
+def _given(worker: Connection, item: Item) -> Item:
+    with suppress(BrokenPipeError):  # it died; its answer, which is none, will tell
+        worker.send(item)
+    return item
+
+
+def _answer(worker: Connection) -> tuple[bool, Any]:
+    try:
+        is_error, answer = worker.recv()
+    except (EOFError, ConnectionResetError) as error:
+        raise RuntimeError(
+            "a process was killed, for want of memory perhaps: try fewer --jobs"
+        ) from error
+    return is_error, answer
 
 
 @contextmanager
-def _pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
+def _workers(function: Callable[[Any], Any], number: int) -> Iterator[list[Connection]]:
     """Processes that are gone when this ends, whether they were at work or not."""
-    before = set(active_children())
-    with _one_thread_each():
-        pool = ProcessPoolExecutor(
-            num_processes, mp_context=get_context("spawn"), initializer=_live_and_die_with_parent
-        )
-        try:
-            yield pool
-        except BaseException:
-            for child in set(active_children()) - before:
-                child.terminate()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        pool.shutdown()
+    context = get_context("spawn")
+    pipes, processes = [], []
+    try:
+        with _one_thread_each():
+            for _ in range(number):
+                mine, theirs = context.Pipe()
+                pipes.append(mine)
+                process = context.Process(target=_work, args=(function, theirs), daemon=True)
+                process.start()
+                processes.append(process)
+                theirs.close()  # so that a process that dies ends its pipe
+        yield pipes
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+            process.close()
+        for pipe in pipes:
+            pipe.close()
+
+
+def _work(function: Callable[[Any], Any], items: Connection) -> None:
+    """What a process does until it is ended."""
+    # Ctrl-C reaches the whole process group, but only the parent knows what to keep.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    Thread(target=_end_after_parent, daemon=True).start()
+    with suppress(EOFError):
+        while True:
+            item = items.recv()
+            try:
+                items.send((False, function(item)))
+            except Exception as error:  # noqa: BLE001 - the parent raises it
+                items.send((True, error))
+
+
+def _end_after_parent() -> None:
+    """A parent that is killed tells nobody."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager
@@ -78,17 +129,3 @@ def _one_thread_each() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _live_and_die_with_parent() -> None:
-    """Ctrl-C reaches the whole process group, but only the parent knows what to keep."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    Thread(target=_end_after_parent, daemon=True).start()
-
-
-def _end_after_parent() -> None:
-    """A parent that is killed tells nobody."""
-    if (parent := parent_process()) is not None:
-        parent.join()
-        os._exit(1)
