@@ -1,4 +1,4 @@
-"""The figures of a run under one policy, for tables, reports and programs.
+"""What came out of a run, for tables, reports and programs.
 
 T steps, L layers, E experts, R ranks, N nodes; records: one of each unit.
 """
@@ -6,16 +6,74 @@ T steps, L layers, E experts, R ranks, N nodes; records: one of each unit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from simulations.balance_record import PARTS, PolicyRecord, UnitRecord
+from simulations.balance_spec import BalanceSpec, Trace
 from simulations.divisions import Array
 from simulations.load_shares import FloatArray
 
 POINTS = 400
 """Of a series at most; each is a mean over as many steps."""
+
+
+def balance_result(
+    spec: BalanceSpec, units: list[UnitRecord], warnings: list[str], command: tuple[str, ...]
+) -> dict[str, Any]:
+    """The result of a run, but for "steps_per_s"; keys in the order in which people read them."""
+    deployment, model = spec.deployment, spec.deployment.model
+    topology = deployment.topology
+    load = spec.load
+    workload = (
+        {**asdict(load), "name": "trace", "path": load.path.name}
+        if isinstance(load, Trace)
+        else asdict(load)
+    )
+    return {
+        "kind": "balance",
+        "version": version("expertmesh"),
+        "seed": spec.seed,
+        "command": list(command),
+        "calibration": {"name": spec.calibration.name, "hash": spec.calibration.hash},
+        "model": {
+            "name": spec.model_name,
+            "num_experts": model.num_experts,
+            "num_moe_layers": model.num_moe_layers,
+            "top_k": model.gate.num_experts_per_token,
+        },
+        "cluster": {
+            "num_nodes": topology.num_nodes,
+            "ranks_per_node": topology.ranks_per_node,
+            "tensor_parallel_size": topology.tensor_parallel_size,
+            "slots_per_rank": deployment.slots_per_rank,
+            "num_redundant_experts": deployment.num_redundant_experts,
+            "weights": deployment.weights,
+            "dispatch_dtype": deployment.dispatch_dtype,
+            "combine_dtype": deployment.combine_dtype,
+            "dispatcher": deployment.dispatcher,
+            "overlap": deployment.overlap,
+            "units": len(units),
+        },
+        "workload": workload,
+        "steps": units[0].num_steps,
+        "tokens_per_rank": spec.tokens_per_rank,
+        "context": spec.context,
+        "phase": spec.phase,
+        "interval": spec.interval,
+        "window": spec.window,
+        "eplb_interval": spec.eplb_interval,
+        "steps_per_s": 0.0,
+        "warnings": list(warnings),
+        "expert_load_LE": _shares(units),
+        "policies": {
+            name: policy_result([unit.policies[name] for unit in units], spec.tokens)
+            for name in spec.policies
+        },
+    }
 
 
 def policy_result(records: Sequence[PolicyRecord], tokens: int) -> dict[str, Any]:
@@ -63,7 +121,7 @@ def policy_result(records: Sequence[PolicyRecord], tokens: int) -> dict[str, Any
     }
 
 
-def shares_of(units: Sequence[UnitRecord]) -> list[list[float]]:
+def _shares(units: Sequence[UnitRecord]) -> list[list[float]]:
     """[L, E] of all tokens, times the number of experts: 1 is the mean."""
     load_LE = np.sum([unit.load_LE for unit in units], axis=0)
     share_LE: list[list[float]] = _rounded(load_LE / load_LE.mean(axis=1, keepdims=True))

@@ -12,114 +12,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from cluster.model.config import ModelConfig
 from comms.topology import Topology
 from router.policy import PolicyOptions
 from simulations.balance_record import Recorder, UnitRecord
-from simulations.balance_result import policy_result, shares_of
+from simulations.balance_result import balance_result
 from simulations.balance_run import Clock, PolicyRun, run_unit
+from simulations.balance_spec import BalanceSpec, Trace, spare_slot_each
 from simulations.cost import CostModel, StepWork
-from simulations.deployment import Deployment
 from simulations.divisions import Division, EvenDivision, ResplitDivision, StaticDivision
 from simulations.expert_loads import ExpertLoads, SyntheticLoads
-from simulations.hardware.calibration import Calibration
-from simulations.load_shares import LoadShape, Workload
-from simulations.load_sources import Order, recorded_loads
-from simulations.memory import rank_memory
-from simulations.policies import POLICIES, Eplb, Fixed, Ours, Plans
+from simulations.load_shares import LoadShape
+from simulations.load_sources import recorded_loads
+from simulations.policies import Eplb, Fixed, Ours, Plans
 from simulations.processes import each_finished
 
-Phase = Literal["decode", "prefill"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trace:
-    """A file of recorded loads; `order` and `shift_every` as in `load_sources.py`."""
-
-    path: Path
-    order: Order = "mixed"
-    shift_every: int = 500
-    jitter: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class BalanceSpec:
-    """A run. Raises ValueError for what cannot be, naming it.
-
-    tokens_per_rank: of a step; in "decode" sequences with `context` keys each, in "prefill" prompts of
-    `context` tokens. interval: steps between two looks of our policy; window: steps that it
-    remembers (EplbConfig's 64 looks of 1 s); eplb_interval: between EPLB's plans (SGLang's usual 1,000). bandwidth: bytes/s of weights that a rank of ours may receive.
-    resplit_s: what counting and dividing a batch adds to each layer of `ours`; 0: all of it is hidden.
-    """
-
-    model_name: str
-    deployment: Deployment
-    calibration: Calibration
-    load: Workload | Trace
-    policies: tuple[str, ...] = POLICIES
-    steps: int = 2000
-    tokens_per_rank: int = 128
-    context: int = 4096
-    phase: Phase = "decode"
-    interval: int = 50
-    window: int = 1000
-    eplb_interval: int = 1000
-    bandwidth: float = 1e9
-    resplit_s: float = 0.0
-    units: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in self.policies:
-            if name not in POLICIES:
-                raise ValueError(f"unknown policy {name!r}: choose from {', '.join(POLICIES)}")
-        if not self.policies or len(set(self.policies)) < len(self.policies):
-            raise ValueError(f"policies must be different ones of {', '.join(POLICIES)}")
-        if self.phase not in get_args(Phase):
-            raise ValueError(f"unknown phase {self.phase!r}: decode or prefill")
-        for name in (
-            "steps",
-            "tokens_per_rank",
-            "context",
-            "interval",
-            "window",
-            "eplb_interval",
-            "units",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.bandwidth > 0 or not self.resplit_s >= 0 or self.seed < 0:
-            raise ValueError(
-                f"bandwidth({self.bandwidth:g}) must be > 0, resplit_s({self.resplit_s:g}) and "
-                f"seed({self.seed}) >= 0"
-            )
-        gate, topology = self.deployment.model.gate, self.deployment.topology
-        if gate.num_experts > 2**14:
-            raise ValueError(f"num_experts({gate.num_experts}) must be at most {2**14}")
-        replica_tokens = self.tokens_per_rank * topology.tensor_parallel_size
-        rank_memory(
-            self.deployment,
-            self.calibration,
-            max_tokens=replica_tokens,
-            kv_tokens=replica_tokens * (self.context if self.phase == "decode" else 1),
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Of a step of one unit."""
-        return self.tokens_per_rank * self.deployment.num_ranks
-
-
-def spare_slot_each(model: ModelConfig, topology: Topology) -> int:
-    """Redundant experts that give every rank one slot more than experts need."""
-    ranks = topology.world_size
-    return ranks * (-(-model.num_experts // ranks) + 1) - model.num_experts
+__all__ = ["BalanceSpec", "Trace", "make_loads", "simulate", "spare_slot_each"]
 
 
 def simulate(
@@ -157,7 +67,7 @@ def simulate(
         raise KeyboardInterrupt
     records = [units[unit] for unit in sorted(units)]
     seconds = time.monotonic() - began
-    result = _result(spec, records, warnings, command)
+    result = balance_result(spec, records, warnings, command)
     result["steps_per_s"] = round(len(units) / spec.units * records[0].num_steps / seconds, 3)
     if interrupted:
         result["interrupted"] = True
@@ -249,58 +159,3 @@ def _work(spec: BalanceSpec) -> StepWork:
     if spec.phase == "prefill":
         return StepWork.prefill(tokens, spec.context)
     return StepWork.decode(tokens, spec.context)
-
-
-def _result(
-    spec: BalanceSpec, units: list[UnitRecord], warnings: list[str], command: tuple[str, ...]
-) -> dict[str, Any]:
-    """In the order of keys in which people read it."""
-    deployment, model = spec.deployment, spec.deployment.model
-    topology = deployment.topology
-    load = spec.load
-    workload = (
-        {**asdict(load), "name": "trace", "path": load.path.name}
-        if isinstance(load, Trace)
-        else asdict(load)
-    )
-    return {
-        "kind": "balance",
-        "version": version("expertmesh"),
-        "seed": spec.seed,
-        "command": list(command),
-        "calibration": {"name": spec.calibration.name, "hash": spec.calibration.hash},
-        "model": {
-            "name": spec.model_name,
-            "num_experts": model.num_experts,
-            "num_moe_layers": model.num_moe_layers,
-            "top_k": model.gate.num_experts_per_token,
-        },
-        "cluster": {
-            "num_nodes": topology.num_nodes,
-            "ranks_per_node": topology.ranks_per_node,
-            "tensor_parallel_size": topology.tensor_parallel_size,
-            "slots_per_rank": deployment.slots_per_rank,
-            "num_redundant_experts": deployment.num_redundant_experts,
-            "weights": deployment.weights,
-            "dispatch_dtype": deployment.dispatch_dtype,
-            "combine_dtype": deployment.combine_dtype,
-            "dispatcher": deployment.dispatcher,
-            "overlap": deployment.overlap,
-            "units": len(units),
-        },
-        "workload": workload,
-        "steps": units[0].num_steps,
-        "tokens_per_rank": spec.tokens_per_rank,
-        "context": spec.context,
-        "phase": spec.phase,
-        "interval": spec.interval,
-        "window": spec.window,
-        "eplb_interval": spec.eplb_interval,
-        "steps_per_s": 0.0,
-        "warnings": list(warnings),
-        "expert_load_LE": shares_of(units),
-        "policies": {
-            name: policy_result([unit.policies[name] for unit in units], spec.tokens)
-            for name in spec.policies
-        },
-    }

@@ -13,7 +13,8 @@ from router.placement import Placement
 from router.policy import PolicyOptions
 from router.split import resplit_optima
 from simulations.eplb import eplb
-from simulations.policies import Eplb, Fixed, Ours, arrivals, relabelled, transfer_seconds
+from simulations.expert_moves import arrivals, relabelled, transfer_seconds
+from simulations.policies import Eplb, Fixed, Ours
 
 TOPOLOGY = Topology(num_nodes=2, ranks_per_node=4, tensor_parallel_size=1)
 SLOTS = 5
