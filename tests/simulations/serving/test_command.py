@@ -75,6 +75,25 @@ def test_the_result_says_what_happened(tmp_path):
     assert "60 finished" in shown
 
 
+def test_policies_differ_in_how_even_ranks_are(tmp_path):
+    """Ours starts where it would have put the experts, or moves them there from where they load."""
+
+    def balancedness(*options):
+        found, _ = saved(tmp_path, "--rate=20", "--requests=200", "--skew=1.5", *options)
+        line = found["series"]["balancedness"]
+        third = len(line) // 3
+        return found, sum(line[:third]) / third, sum(line[third:-third]) / (len(line) - 2 * third)
+
+    _, _, none = balancedness("--policy=none")
+    _, _, eplb = balancedness("--policy=eplb")
+    _, _, ours = balancedness("--policy=ours")
+    moved, first_cold, cold = balancedness("--policy=ours", "--cold-start")
+    assert none + 0.05 < eplb < ours
+    assert first_cold < cold
+    assert none + 0.05 < cold
+    assert [event["kind"] for event in moved["events"]][:1] == ["rebalance"]
+
+
 def test_more_users_get_more_out_of_a_rank_and_less_each(tmp_path):
     found, _ = saved(tmp_path, "--pareto=1,4,16", "--prompt=64", "--output=32")
     points = found["pareto"]
