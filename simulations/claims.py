@@ -26,6 +26,7 @@ from simulations.claim_datasets import Dataset, drawn, recorded
 from simulations.claim_tensor_parallel import tensor_parallel_row
 from simulations.claim_traffic import traffic_row
 from simulations.hardware.calibration import Calibration
+from simulations.load_balance import make_loads
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
@@ -49,9 +50,9 @@ class Study:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.only if name not in CLAIMS]
-        if unknown or not self.only:
-            raise ValueError(f"unknown claim {unknown}: choose from {', '.join(CLAIMS)}")
+        for name in self.only or ("",):
+            if name not in CLAIMS:
+                raise ValueError(f"unknown claim {name!r}: choose from {', '.join(CLAIMS)}")
         if self.steps < 1 or self.seed < 0:
             raise ValueError(f"steps({self.steps}) must be >= 1 and seed({self.seed}) >= 0")
 
@@ -62,6 +63,7 @@ def rows_of(study: Study, progress: Progress = lambda text: None) -> Iterator[Ro
     datasets = {"drawn": drawn(study.calibration, **made)}
     if study.trace is not None:
         datasets["recorded"] = recorded(study.calibration, study.trace, **made)
+        make_loads(datasets["recorded"].spec, 0)  # refuses a trace before anything has begun
     for claim in study.only:
         if claim == "tensor_parallel":
             row = tensor_parallel_row(study.calibration, seed=study.seed, progress=progress)

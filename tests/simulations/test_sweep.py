@@ -127,7 +127,7 @@ def test_a_process_that_dies_is_told_and_what_was_done_is_kept() -> None:
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_errors_of_points_come_through(num_processes: int) -> None:
-    with pytest.raises(ValueError, match="cannot do (none|ours)"):
+    with pytest.raises(ValueError, match=r"cannot do (none|ours)"):
         sweep(POINTS, refuse, store=PointStore(), about="", num_processes=num_processes)
     assert not active_children()
 
