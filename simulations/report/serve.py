@@ -90,7 +90,7 @@ def _over_time(result: ServeResult, name: str) -> Section | None:
             draw(
                 f"{name}-over-time",
                 "Tokens, requests, cache and balance",
-                "Vertical lines mark failures, recoveries and rebalances.",
+                "Vertical lines mark failures, recoveries and rebalances." if result.events else "",
                 "Output tokens per second, running and waiting requests, use of the cache and "
                 "balancedness by time, with events marked.",
                 partial(figures.over_time, result=result),

@@ -147,7 +147,8 @@ def test_targets_orderings_and_claims_are_listed(page):
     assert "median error of the blind ones is 3.1 %" in page.words()
     claims = page.one("table", id="claims-table-numbers")
     assert [tone.words() for tone in claims.all("span", class_="tone")] == ["reproduces", "partly"]
-    assert "expertmesh simulate claims --only traffic" in claims.words()
+    commands = page.one("table", id="claims-commands-numbers")
+    assert "expertmesh simulate claims --only traffic" in commands.all("code")[0].words()
 
 
 def test_the_best_cluster_of_a_sweep_comes_first_and_is_marked(page):

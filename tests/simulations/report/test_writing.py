@@ -54,7 +54,7 @@ def test_a_later_report_replaces_an_earlier_one_and_leaves_what_is_not_its_own(t
     (tmp_path / "notes.txt").write_text("mine")
     write_report([claims_result()], tmp_path)
     assert set(contents(tmp_path)) == {
-        "report.html", "files.txt", "results.json", "claims-table.csv", "notes.txt",
+        "report.html", "files.txt", "results.json", "claims-table.csv", "claims-commands.csv", "notes.txt",
     }  # fmt: skip
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
