@@ -73,7 +73,7 @@ def test_beyond_the_grid():
     np.testing.assert_allclose(table.at(a=[1, 0, 2], b=10), [1, 1, 1])  # as at its edge
     np.testing.assert_allclose(table.at(a=[8, 4, 8], b=[20, 40, 40]), [12, 12, 24])  # in proportion
     assert not table.covers(a=8, b=20)
-    assert not table.covers(a=1, b=20)
+    assert not table.covers(a=[1, 3], b=20)
     assert table.covers(a=[2, 3, 4], b=20)
 
 
