@@ -5,14 +5,13 @@ without conflicts (a switch). Then an all-reduce of n bytes takes, adding being 
 
     one shot    alpha + (p - 1) n / beta                    everybody sends everything to everybody
     two shots   2 alpha + 2 (p - 1) / p  n / beta           reduce-scatter, then all-gather
-    doubling    ceil(log2 p) (alpha + n / beta)             recursive doubling
     ring        2 (p - 1) alpha + 2 (p - 1) / p  n / beta
 
-Recursive doubling and its cost: Thakur, Rabenseifner, Gropp, "Optimization of Collective
-Communication Operations in MPICH" (2005), section 4.5; the ring and the proof that no algorithm moves
-fewer than 2 (p - 1) / p n bytes per rank: Patarasuk and Yuan, "Bandwidth optimal all-reduce
-algorithms for clusters of workstations" (2009). One and two shots are what vLLM's and TensorRT-LLM's
-own all-reduces do over NVLink.
+One and two shots are what vLLM's and TensorRT-LLM's own all-reduces do over NVLink. The ring, and the
+proof that no algorithm moves fewer than 2 (p - 1) / p n bytes per rank: Patarasuk and Yuan, "Bandwidth
+optimal all-reduce algorithms for clusters of workstations" (2009). Recursive doubling (Thakur,
+Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH", 2005, section 4.5),
+log2 p (alpha + n / beta), is never faster here than the faster of one shot and two.
 
 Several nodes of p ranks: reduce-scatter inside the node, all-reduce of one p-th over the nodes, each
 rank through its own network card, all-gather inside the node. So the network carries 2 (g - 1) / g n/p.
@@ -28,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from simulations.network import Link
 
 Algorithm = Literal["best", "ring"]
-"""best: the fastest of all, for each size; a favour to the baseline that uses it."""
+"""best: the faster of one shot and two at each size; a favour to the baseline that uses it."""
 
 
 def all_reduce_seconds(
@@ -67,10 +66,7 @@ def _one_tier(
     least = 2 * size * (ranks - 1) / ranks
     if algorithm == "ring":
         return _steps(2 * (ranks - 1), least, link)
-    doublings = (ranks - 1).bit_length()
-    one_shot = _steps(1, size * (ranks - 1), link)
-    doubling = _steps(doublings, size * doublings, link)
-    return np.minimum(np.minimum(one_shot, doubling), _steps(2, least, link))
+    return np.minimum(_steps(1, size * (ranks - 1), link), _steps(2, least, link))
 
 
 def _steps(rounds: int, num_bytes: NDArray[np.float64], link: Link) -> NDArray[np.float64]:
