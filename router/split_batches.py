@@ -58,10 +58,8 @@ class BatchSplit:
         if forest is None:
             held_EC = self.layer.logical_to_physical >= 0
             slots = self.layer.logical_to_physical[held_EC]
-            counts_NE = np.zeros((self.layer.num_nodes, self.layer.num_experts), dtype=np.int64)
             for slot_S, counts_E in zip(slot_BS, counts_BE, strict=True):
-                counts_NE[0] = counts_E
-                slot_S[slots] = self.one.divide(counts_NE).sum(axis=0)[held_EC]
+                slot_S[slots] = self.one.by_copy(counts_E)[held_EC]
             return slot_BS
         base_RB, tokens_AB = self._loads(counts_BE)
         room_RB = forest.least_level(base_RB, tokens_AB) - base_RB
