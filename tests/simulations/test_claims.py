@@ -15,7 +15,7 @@ from simulations.claims import CLAIMS, Study, rows_of
 from simulations.deployment import Deployment
 from simulations.gate_routing import routed
 from simulations.hardware.calibration import Calibration
-from simulations.load_balance import BalanceSpec, Trace
+from simulations.load_balance import BalanceSpec, Trace, simulate
 from simulations.parallel_curves import Curve
 from simulations.presets import load_model
 
@@ -83,6 +83,19 @@ def test_traffic_is_what_plain_loops_count(spec) -> None:
     )
     logfmt = hidden * 10 // 8 + 4 * hidden // 128
     assert found["node_fp8_logfmt"]["none"]["bytes"] == pytest.approx(rows * (there + logfmt))
+
+
+def test_differences_are_what_plain_loops_count(spec) -> None:
+    """All tokens want the same four experts: a rank has as many times all tokens as of these."""
+    chosen_LK = np.load(spec.load.path)["task"][0]
+    found = []
+    for chosen_K in chosen_LK:
+        of_rank = [sum(int(expert) // 8 == rank for expert in chosen_K) for rank in range(4)]
+        found.append((max(of_rank) - min(of_rank)) / (sum(of_rank) / 4))
+    none = simulate(spec)["policies"]["none"]
+    for key in ("difference_mean", "planned_difference"):
+        assert none[key] == pytest.approx(np.mean(found), rel=1e-5)
+    assert none["difference_p99"] == pytest.approx(max(found))
 
 
 def test_the_flat_baseline_is_its_closed_form(spec) -> None:

@@ -191,9 +191,10 @@ def test_more_tokens_and_longer_contexts_take_longer() -> None:
 
 
 def test_the_one_rank_of_the_model_is_no_extrapolation() -> None:
-    calibration = replace(PLAIN, range={"tokens": (1, 100), "ranks": (8, 64)})
+    calibration = replace(PLAIN, range={**H100.range, "tokens": (1, 100)})
     tp = group(calibration=calibration)
     tp.step(decode(64), counts(V3, 64))
     assert tp.warnings == []
     tp.step(decode(128), counts(V3, 128))
-    assert [warning for warning in tp.warnings if "tokens 128" in warning]
+    assert len(tp.warnings) == 1
+    assert "tokens" in tp.warnings[0]
