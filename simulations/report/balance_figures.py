@@ -93,7 +93,7 @@ def planned_against_served(figure: Figure, result: BalanceResult) -> None:
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=2)
     figure.supxlabel("step", fontsize=10)
-    figure.supylabel("balancedness (mean / max over ranks)", fontsize=10)
+    figure.supylabel("balancedness (mean / max)", fontsize=10)
 
 
 def rank_loads(figure: Figure, result: BalanceResult, loads: BeforeAfter) -> None:

@@ -41,7 +41,7 @@ def over_time(result: BalanceResult, name: str) -> list[Picture]:
                 "batches had. The shaded gap is what no plan from the past can see.",
                 "For each policy, planned balancedness dashed and served balancedness solid, by step.",
                 partial(figures.planned_against_served, result=result),
-                height=0.9 + 2.1 * -(-len(both) // 3),
+                height=1.1 + 2.1 * -(-len(both) // 3),
             )
         )
     return pictures

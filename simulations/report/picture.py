@@ -48,11 +48,13 @@ def draw(
         paint(figure)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # done once, for both files
-        svg, png = io.StringIO(), io.BytesIO()
         # Not by `savefig`, which draws everything once more to find a size that is given here.
-        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})  # type: ignore[no-untyped-call]
+        png, svg = io.BytesIO(), io.StringIO()
         figure.set_facecolor("white")
         FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # type: ignore[no-untyped-call]
+        figure.set_facecolor("none")
+        # Last, since it leaves the figure at 72 dots per inch.
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})  # type: ignore[no-untyped-call]
     return Picture(
         name=name,
         title=title,

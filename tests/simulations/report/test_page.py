@@ -34,8 +34,17 @@ def test_pictures_of_all_that_was_asked_for_are_there(page, directory):
         "scoreboard-scatter", "scoreboard-errors", "sweep-throughput",
     }  # fmt: skip
     assert {f"balance-ranks-{name.replace('_', '-')}" for name in results.POLICIES} <= pictures
-    for name in pictures:
-        assert (directory / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_files_of_pictures_have_two_pixels_for_each_of_the_page(page, directory):
+    for figure in page.all("figure"):
+        content = (directory / f"{figure.attributes['id']}.png").read_bytes()
+        assert content.startswith(b"\x89PNG\r\n")
+        width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
+        in_page = int(re.search(r"\d+", figure.one("div", role="img").attributes["style"])[0])
+        assert 2 * in_page - 2 <= width <= 2 * in_page + 2
+        left, top, right, bottom = map(float, figure.one("svg").attributes["viewbox"].split())
+        assert width / height == pytest.approx((right - left) / (bottom - top), rel=0.01)
 
 
 def test_every_picture_says_in_words_what_is_on_it(page):
