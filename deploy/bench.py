@@ -11,7 +11,7 @@ from cluster.config import ConfigError
 from comms.trace_file import TraceError, check_path
 from deploy.json_file import write_json
 from deploy.settings import read_config
-from simulations import bench_collectives, bench_migration, bench_step
+from simulations.bench import bench_collectives, bench_migration, bench_step
 
 
 def collectives_command(num_ranks: int, json_file: Path | None) -> int:

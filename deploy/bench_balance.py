@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.json_file import write_json
-from simulations import bench_balance
-from simulations.balance_real import MOVES_PER_BATCH
+from simulations.bench import bench_balance
+from simulations.bench.balance_real import MOVES_PER_BATCH
 
 TIGHT = (0, 1, 0, 0)
 

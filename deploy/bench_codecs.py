@@ -9,7 +9,7 @@ from rich.table import Table
 
 from cluster.model.errors import CheckpointError, UnsupportedModelError
 from deploy.json_file import write_json
-from simulations import bench_codecs
+from simulations.bench import bench_codecs
 
 MOSAIC = Path(__file__).parent / "models" / "mosaic"
 

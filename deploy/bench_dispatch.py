@@ -10,8 +10,8 @@ from rich.table import Table
 
 from comms.trace_file import TraceError, check_path
 from deploy.json_file import write_json
-from simulations import bench_dispatch, bench_latency, bench_overlap
-from simulations.moe_layer import Workload
+from simulations.bench import bench_dispatch, bench_latency, bench_overlap
+from simulations.bench.moe_layer import Workload
 from simulations.testbed import TestbedError
 
 

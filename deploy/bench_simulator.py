@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.json_file import write_json
-from simulations import bench_simulator
+from simulations.bench import bench_simulator
 
 
 def simulator_command(json_file: Path | None) -> int:

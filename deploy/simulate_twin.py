@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from simulations.hardware.calibration import Calibration
-    from simulations.noted import Arrival
-    from simulations.recording import Recording
-    from simulations.twin_check import Check
+    from simulations.twin.check import Check
+    from simulations.twin.noted import Arrival
+    from simulations.twin.recording import Recording
 
 LAYOUT = ("experts.num_redundant_experts=4", "experts.split=balanced", "scheduler.max_num_seqs=4")
 """Of a recording that nobody configures, besides the demo's options."""
@@ -83,7 +83,7 @@ def record_command(
     from cluster.model.errors import CheckpointError, UnsupportedModelError
     from comms.launch import RankError
     from deploy.settings import load_config
-    from simulations.record import record
+    from simulations.twin.record import record
 
     console = Console(stderr=True)
     if not out.parent.is_dir():
@@ -128,7 +128,7 @@ def arriving(model: Path, requests: int, max_tokens: int) -> list[Arrival]:
     from cluster.model.config import ModelConfig
     from cluster.offline import add_frame
     from deploy.models.domain_prompts import DOMAIN_PROMPTS
-    from simulations.noted import Arrival
+    from simulations.twin.noted import Arrival
 
     texts = [text for of_domain in DOMAIN_PROMPTS.values() for text in of_domain]
     if (model / "tokenizer.json").is_file():
@@ -173,8 +173,8 @@ def twin_command(file: Path, calibration: str | None, json_file: Path | None) ->
     from deploy.json_file import write_json
     from router.load import LoadFileError
     from simulations.hardware.calibration import NAMES, Calibration
-    from simulations.recording import Recording
-    from simulations.twin import check
+    from simulations.twin.recording import Recording
+    from simulations.twin.replay import check
 
     measured_here = next((name for name in NAMES if name.startswith("cpu")), None)
     name = calibration or measured_here
@@ -220,7 +220,7 @@ def show_times(console: Console, recording: Recording, calibration: Calibration)
     """Times side by side."""
     from rich.table import Table
 
-    from simulations.twin_times import compare_times
+    from simulations.twin.times import compare_times
 
     try:
         rows, warnings = compare_times(recording, calibration)

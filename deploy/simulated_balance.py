@@ -19,12 +19,18 @@ from comms.topology import Topology
 from deploy.asked_to_stop import asked_to_stop
 from deploy.json_file import write_json
 from deploy.simulated_serving import INTERRUPTED, command
+from simulations.balance.load_balance import (
+    BalanceSpec,
+    Trace,
+    make_loads,
+    simulate,
+    spare_slot_each,
+)
+from simulations.balance.load_shares import Workload
 from simulations.deployment import Deployment
 from simulations.hardware.calibration import Calibration
-from simulations.load_balance import BalanceSpec, Trace, make_loads, simulate, spare_slot_each
-from simulations.load_shares import Workload
 from simulations.presets import load_model
-from simulations.processes import available_cores
+from simulations.sweep.processes import available_cores
 
 
 @dataclass(frozen=True, kw_only=True)

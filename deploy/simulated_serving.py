@@ -19,10 +19,10 @@ from comms.topology import Topology
 from deploy.asked_to_stop import asked_to_stop
 from deploy.json_file import write_json
 from deploy.serving_summary import show
+from simulations.balance.load_shares import Workload
 from simulations.cost import CostModel
 from simulations.deployment import Deployment
 from simulations.hardware.calibration import Calibration
-from simulations.load_shares import Workload
 from simulations.presets import load_model
 from simulations.serving.arrivals import (
     BURSTINESS,

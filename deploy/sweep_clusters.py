@@ -18,15 +18,15 @@ from cluster.model.errors import CheckpointError, UnsupportedModelError
 from deploy.json_file import write_json
 from deploy.leaving import Leaving
 from deploy.sweep_table import show
+from simulations.balance.load_shares import Workload
 from simulations.deployment import ComputeDtype
 from simulations.hardware.calibration import Calibration
-from simulations.load_shares import Workload
-from simulations.point_store import PointStore
 from simulations.presets import load_model
-from simulations.processes import available_cores
 from simulations.report.build import check_report, write_report
-from simulations.sweep import Grid, Swept, best_points, sweep
-from simulations.sweep_point import Study, evaluate
+from simulations.sweep.point import Study, evaluate
+from simulations.sweep.point_store import PointStore
+from simulations.sweep.processes import available_cores
+from simulations.sweep.sweep import Grid, Swept, best_points, sweep
 
 UNSAVED = Path("sweep-points.jsonl")
 """Where an interrupted sweep without --points leaves what it has."""

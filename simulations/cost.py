@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulations.deployment import Deployment
-from simulations.exchange_times import ExchangeTimes
-from simulations.expert_times import ExpertTimes
-from simulations.group_sums import group_sums
 from simulations.hardware.calibration import Calibration
-from simulations.layer_times import LayerTimes, Parts, in_turn, two_batches
-from simulations.op_times import OpTimes
-from simulations.step_work import Sends, StepWork
-from simulations.work_times import WorkTimes
+from simulations.times.exchange_times import ExchangeTimes
+from simulations.times.expert_times import ExpertTimes
+from simulations.times.group_sums import group_sums
+from simulations.times.layer_times import LayerTimes, Parts, in_turn, two_batches
+from simulations.times.op_times import OpTimes
+from simulations.times.step_work import Sends, StepWork
+from simulations.times.work_times import WorkTimes
 
 __all__ = ["CostModel", "LayerTimes", "Sends", "StepTimes", "StepWork"]
 

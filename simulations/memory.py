@@ -13,7 +13,7 @@ from comms.topology import Topology
 from simulations import arithmetic
 from simulations.deployment import BYTES, Deployment
 from simulations.hardware.calibration import Calibration
-from simulations.step_work import Sends
+from simulations.times.step_work import Sends
 
 _BFLOAT16, _FP32 = 2, 4
 _MOST_NODES = 4096  # that a remedy may ask for

@@ -43,7 +43,7 @@ from typing import Any
 
 from simulations.hardware.calibration_json import CalibrationError, read_values
 from simulations.hardware.tables import Table
-from simulations.network import Link
+from simulations.times.network import Link
 
 _DATA = Path(__file__).parent / "data"
 

@@ -14,7 +14,7 @@ from simulations.arithmetic import Gemm
 from simulations.deployment import Deployment
 from simulations.hardware.fit import fit_link
 from simulations.hardware.tables import Floats, Table, table_json
-from simulations.step_work import Sends
+from simulations.times.step_work import Sends
 
 Case = tuple[str, tuple[int, ...]]
 """Name of a table, and the sizes of one of its points."""

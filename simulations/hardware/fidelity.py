@@ -16,10 +16,10 @@ from cluster.model.config import ModelConfig
 from comms.topology import Topology
 from simulations.arithmetic import Gemm
 from simulations.deployment import ComputeDtype, Deployment
-from simulations.expert_times import ExpertTimes
 from simulations.hardware import fit
 from simulations.hardware.calibration import Calibration
 from simulations.hardware.tables import Table
+from simulations.times.expert_times import ExpertTimes
 
 Floats = NDArray[np.float64]
 

@@ -1,6 +1,6 @@
 """The few constants that stand for measurements where there is no table: least log-error fits.
 
-The formulas are those of the cost model (`simulations/op_times.py`, `attention_times.py`), which is
+The formulas are those of the cost model (`simulations/times/op_times.py`, `attention_times.py`), which is
 what evaluates them here.
 """
 
@@ -19,8 +19,8 @@ from simulations.arithmetic import Gemm
 from simulations.deployment import ComputeDtype, Deployment
 from simulations.hardware.calibration import Calibration, Launch
 from simulations.hardware.tables import Table
-from simulations.op_times import OpTimes
-from simulations.step_work import StepWork
+from simulations.times.op_times import OpTimes
+from simulations.times.step_work import StepWork
 
 Floats = NDArray[np.float64]
 

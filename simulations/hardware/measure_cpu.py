@@ -21,7 +21,8 @@ from cluster.model.config import ModelConfig
 from comms.groups import ParallelGroups
 from comms.launch import RankPool
 from comms.topology import Topology
-from simulations import arithmetic, bench_step
+from simulations import arithmetic
+from simulations.bench import bench_step
 from simulations.hardware import cpu_exchange, cpu_layer
 from simulations.hardware.cpu_tables import Case, cpu_tables, exchange_links
 from simulations.hardware.cpu_timing import Call, Windows, middle, window_means

@@ -10,7 +10,7 @@ import torch
 from cluster.model.config import ModelConfig
 from comms.topology import Topology
 from router.gate import Gate
-from simulations import bench_step
+from simulations.bench import bench_step
 from simulations.cost import CostModel, StepWork
 from simulations.deployment import Deployment
 from simulations.hardware.calibration import Calibration

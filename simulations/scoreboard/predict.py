@@ -18,10 +18,10 @@ from comms.topology import Topology
 from simulations.cost import CostModel, Sends, StepWork
 from simulations.deployment import Deployment, Dispatcher, Overlap
 from simulations.hardware.calibration import Calibration
-from simulations.network import Link
 from simulations.presets import load_model
 from simulations.scoreboard import skew
 from simulations.scoreboard.routing import Balance, IntArray, Routing, imbalance
+from simulations.times.network import Link
 
 SEED = 20250505
 NUM_BATCHES = 16

@@ -1,6 +1,6 @@
 """Which experts the tokens of the serving cluster ask for, step by step.
 
-The workloads are those of `simulate balance` (`simulations/load_shares.py`). Where they tell nodes
+The workloads are those of `simulate balance` (`simulations/balance/load_shares.py`). Where they tell nodes
 apart, all nodes' tokens are taken together.
 
 L expert layers, E logical experts, B steps.
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.gate import GateConfig
-from simulations.expert_loads import COUNTS, SHARES, counts_of
-from simulations.load_shares import LoadShape, Workload, limited, make_shares
+from simulations.balance.expert_loads import COUNTS, SHARES, counts_of
+from simulations.balance.load_shares import LoadShape, Workload, limited, make_shares
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

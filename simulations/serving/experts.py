@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.placement import Placement
-from simulations.divisions import Division
+from simulations.balance.divisions import Division
 from simulations.serving.demand import Demand
 from simulations.serving.rebalance import Rebalancing
 from simulations.serving.record import Event

@@ -10,12 +10,12 @@ from cluster.engine.scheduler import SchedulerConfig
 from router.load import ExpertLoad
 from router.placement import Placement
 from router.planner import plan
+from simulations.balance.divisions import Division, EvenDivision, ResplitDivision, StaticDivision
+from simulations.balance.load_shares import LoadShape, Workload
 from simulations.cost import CostModel
 from simulations.deployment import Deployment
-from simulations.divisions import Division, EvenDivision, ResplitDivision, StaticDivision
 from simulations.eplb import eplb
 from simulations.hardware.calibration import Calibration
-from simulations.load_shares import LoadShape, Workload
 from simulations.memory import DoesNotFit, MemoryPlan, kv_capacity_tokens, rank_memory
 from simulations.serving.arrivals import Arrival
 from simulations.serving.cluster_steps import ClusterSteps

@@ -27,7 +27,7 @@ from comms.groups import ParallelGroups
 from comms.shm import ShmGroup
 from comms.topology import Topology
 from simulations import netns
-from simulations.hosted import HostedRanks
+from simulations.bench.hosted import HostedRanks
 from simulations.testbed import INTERFACE, Testbed
 from tests.comms.batches import (
     Batch,

@@ -3,7 +3,7 @@
 import json
 
 from deploy.bench_balance import balance_command
-from simulations import bench_balance
+from simulations.bench import bench_balance
 from simulations.workload import SHAPES, WORKLOADS
 from tests.deploy.processes import EXPERTMESH, running
 

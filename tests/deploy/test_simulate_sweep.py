@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from comms.topology import Topology
 from deploy.cli import app
+from simulations.balance.load_balance import BalanceSpec, simulate
+from simulations.balance.load_shares import Workload
 from simulations.deployment import Deployment
 from simulations.hardware.calibration import Calibration
-from simulations.load_balance import BalanceSpec, simulate
-from simulations.load_shares import Workload
 from simulations.memory import rank_memory
 from simulations.presets import load_model
-from simulations.sweep import Point, best_points
-from simulations.sweep_point import Study, evaluate
+from simulations.sweep.point import Study, evaluate
+from simulations.sweep.sweep import Point, best_points
 
 GRID = (
     "--preset=mosaic",

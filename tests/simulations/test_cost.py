@@ -12,9 +12,9 @@ from comms.topology import Topology
 from simulations import arithmetic
 from simulations.cost import CostModel, Sends, StepWork
 from simulations.deployment import Deployment
-from simulations.expert_times import LAUNCHES
-from simulations.op_times import NORM_BYTES
 from simulations.presets import load_model
+from simulations.times.expert_times import LAUNCHES
+from simulations.times.op_times import NORM_BYTES
 from simulations.traffic import node_visits
 from tests.simulations.calibrations import calibration
 

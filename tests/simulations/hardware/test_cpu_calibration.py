@@ -14,7 +14,7 @@ from simulations.hardware.cpu_tables import cpu_tables, exchange_links
 from simulations.hardware.cpu_timing import Windows
 from simulations.hardware.measure_cpu import Sizes
 from simulations.presets import load_model
-from simulations.step_work import Sends
+from simulations.times.step_work import Sends
 
 TINY = Sizes(
     rows=(1, 8),

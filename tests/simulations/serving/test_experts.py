@@ -8,11 +8,11 @@ from comms.topology import Topology
 from router.load import ExpertLoad
 from router.placement import Placement
 from router.split import LayerSplit, resplit_optima
+from simulations.balance.divisions import EvenDivision, ResplitDivision
+from simulations.balance.load_shares import LoadShape, Workload
 from simulations.cost import CostModel, StepWork
 from simulations.deployment import Deployment
-from simulations.divisions import EvenDivision, ResplitDivision
 from simulations.hardware.calibration import Calibration
-from simulations.load_shares import LoadShape, Workload
 from simulations.presets import load_model
 from simulations.serving.cluster_steps import ClusterSteps
 from simulations.serving.demand import Demand

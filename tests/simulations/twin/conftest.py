@@ -3,9 +3,9 @@
 import pytest
 
 from comms.launch import RankPool
-from simulations.record import record
-from simulations.recording import Recording
-from tests.simulations.twin.runs import NUM_TOKENS, REQUESTS, arrivals, config_of
+from simulations.twin.record import record
+from simulations.twin.recording import Recording
+from tests.simulations.twin.replay.runs import NUM_TOKENS, REQUESTS, arrivals, config_of
 
 
 @pytest.fixture(scope="session")

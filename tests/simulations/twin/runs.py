@@ -10,7 +10,7 @@ from cluster.engine.mailbox import Frame
 from cluster.engine.sampling_params import SamplingParams
 from deploy.models.domain_prompts import DOMAIN_PROMPTS
 from deploy.settings import BUNDLED_MODELS
-from simulations.noted import Arrival
+from simulations.twin.noted import Arrival
 
 MOSAIC = BUNDLED_MODELS["mosaic"]
 REQUESTS, NUM_TOKENS = 20, 20

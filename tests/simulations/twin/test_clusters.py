@@ -7,12 +7,12 @@ import pytest
 from comms.groups import ParallelGroups
 from comms.links import LinkSpeed
 from comms.store import host_store
-from simulations.noted import Arrival
-from simulations.rank_recorder import RankNotes
-from simulations.record import assemble, record, record_rank
-from simulations.recording import Recording
-from simulations.twin import check
-from tests.simulations.twin.runs import arrivals, config_of, frames
+from simulations.twin.noted import Arrival
+from simulations.twin.rank_recorder import RankNotes
+from simulations.twin.record import assemble, record, record_rank
+from simulations.twin.recording import Recording
+from simulations.twin.replay import check
+from tests.simulations.twin.replay.runs import arrivals, config_of, frames
 
 
 def differences(recording: Recording) -> list[str]:

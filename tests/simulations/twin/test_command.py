@@ -10,9 +10,9 @@ from typer.testing import CliRunner, Result
 from comms.launch import RankError
 from deploy.simulate import simulate
 from deploy.simulate_twin import arriving
-from simulations import record as recorder
-from simulations.recording import Recording
-from tests.simulations.twin.runs import MOSAIC
+from simulations.twin import record as recorder
+from simulations.twin.recording import Recording
+from tests.simulations.twin.replay.runs import MOSAIC
 
 
 def run(*arguments: str) -> Result:

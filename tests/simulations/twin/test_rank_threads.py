@@ -8,7 +8,7 @@ from comms.counts import CountExchange
 from comms.groups import ParallelGroups
 from comms.make import make_dispatcher
 from comms.topology import Topology
-from simulations.rank_threads import run_ranks
+from simulations.twin.rank_threads import run_ranks
 
 TOPOLOGY = Topology(num_nodes=2, ranks_per_node=3)
 

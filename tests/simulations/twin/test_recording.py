@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from router.load import LoadFileError
 from router.load_files import expert_counts, read_routing, read_window
-from simulations.recording import Recording
-from simulations.twin import check
+from simulations.twin.recording import Recording
+from simulations.twin.replay import check
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import pytest
 
 from cluster import offline
 from comms.launch import RankError
-from simulations.record import record
-from simulations.recording import Recording
-from simulations.recording_checks import STAGES
-from simulations.replay_batches import recorded_plans
-from simulations.twin import check
-from simulations.twin_check import Check
-from tests.simulations.twin.runs import NUM_TOKENS, REQUESTS, arrivals, config_of, frames
+from simulations.twin.check import Check
+from simulations.twin.record import record
+from simulations.twin.recording import Recording
+from simulations.twin.recording_checks import STAGES
+from simulations.twin.replay import check
+from simulations.twin.replay_batches import recorded_plans
+from tests.simulations.twin.replay.runs import NUM_TOKENS, REQUESTS, arrivals, config_of, frames
 
 NAMES = ["batches", "expert loads", "placements", "slots", "tokens of slots", "bytes by link"]
 
