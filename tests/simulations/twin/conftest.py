@@ -5,7 +5,7 @@ import pytest
 from comms.launch import RankPool
 from simulations.twin.record import record
 from simulations.twin.recording import Recording
-from tests.simulations.twin.replay.runs import NUM_TOKENS, REQUESTS, arrivals, config_of
+from tests.simulations.twin.runs import NUM_TOKENS, REQUESTS, arrivals, config_of
 
 
 @pytest.fixture(scope="session")

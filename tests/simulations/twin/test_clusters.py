@@ -12,7 +12,7 @@ from simulations.twin.rank_recorder import RankNotes
 from simulations.twin.record import assemble, record, record_rank
 from simulations.twin.recording import Recording
 from simulations.twin.replay import check
-from tests.simulations.twin.replay.runs import arrivals, config_of, frames
+from tests.simulations.twin.runs import arrivals, config_of, frames
 
 
 def differences(recording: Recording) -> list[str]:

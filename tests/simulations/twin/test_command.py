@@ -12,7 +12,7 @@ from deploy.simulate import simulate
 from deploy.simulate_twin import arriving
 from simulations.twin import record as recorder
 from simulations.twin.recording import Recording
-from tests.simulations.twin.replay.runs import MOSAIC
+from tests.simulations.twin.runs import MOSAIC
 
 
 def run(*arguments: str) -> Result:

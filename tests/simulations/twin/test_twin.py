@@ -16,7 +16,7 @@ from simulations.twin.recording import Recording
 from simulations.twin.recording_checks import STAGES
 from simulations.twin.replay import check
 from simulations.twin.replay_batches import recorded_plans
-from tests.simulations.twin.replay.runs import NUM_TOKENS, REQUESTS, arrivals, config_of, frames
+from tests.simulations.twin.runs import NUM_TOKENS, REQUESTS, arrivals, config_of, frames
 
 NAMES = ["batches", "expert loads", "placements", "slots", "tokens of slots", "bytes by link"]
 
