@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.model.errors import CheckpointError, UnsupportedModelError
+from comms.launch import RankError
 from simulations.hardware import calibrate
 from simulations.presets import load_model
 
 
 def calibrate_command(device: str, model_name: str | None, *, quick: bool, out: Path) -> int:
-    """Writes `out`; 2 for what cannot be measured or written."""
+    """Writes `out`; 2 for what cannot be measured or written, 1 where a rank failed."""
     try:
         _check_writable(out)
         on_gpu = _choose_gpu(device)
@@ -37,6 +38,9 @@ def calibrate_command(device: str, model_name: str | None, *, quick: bool, out: 
     ) as error:  # fmt: skip
         print(error, file=sys.stderr)
         return 2
+    except RankError as error:
+        print(f"measuring failed: {error}", file=sys.stderr)
+        return 1
     _show(values)
     print(f"wrote {out}: calibration {calibration.name}, {calibration.hash}")
     return 0

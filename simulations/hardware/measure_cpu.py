@@ -25,7 +25,7 @@ from simulations import arithmetic
 from simulations.bench import bench_step
 from simulations.hardware import cpu_exchange, cpu_layer
 from simulations.hardware.cpu_tables import Case, cpu_tables, exchange_links
-from simulations.hardware.cpu_timing import Call, Windows, middle, window_means
+from simulations.hardware.cpu_timing import Call, Windows, undisturbed, window_means
 from simulations.hardware.fit import fit_link, rounded
 from simulations.hardware.shapes import product_shapes
 
@@ -77,7 +77,7 @@ class Sizes:
 
 
 def measure(model: ModelConfig, sizes: Sizes, say: Say) -> dict[str, Any]:
-    """What `calibrate.cpu_calibration` needs. Every time is that of the middle window and rank."""
+    """What `calibrate.cpu_calibration` needs. Every time is that of a window that little disturbed."""
     load_before = os.getloadavg()[0]
     ranks = LAYOUT.world_size
     with RankPool(ranks) as pool:
@@ -85,7 +85,9 @@ def measure(model: ModelConfig, sizes: Sizes, say: Say) -> dict[str, Any]:
         def times(what: str, topology: Topology, function: Callable[..., Times]) -> Any:
             say(what)
             by_rank = pool.run(function, topology, model, sizes, timeout_s=RUN_TIMEOUT_S)
-            return {case: middle([windows[case] for windows in by_rank]) for case in by_rank[0]}
+            return {
+                case: undisturbed([windows[case] for windows in by_rank]) for case in by_rank[0]
+            }
 
         layers = times("layers", LAYOUT, time_layers)
         links = times("links", LAYOUT, time_links)
