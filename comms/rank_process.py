@@ -69,7 +69,10 @@ def serve_rank(
         if task is None:
             return
         answer = _run(task, store) if isinstance(task, Task) else task
-        tasks.send_bytes(_pickled(answer))
+        try:
+            tasks.send_bytes(_pickled(answer))
+        except BrokenPipeError:  # the pool closed meanwhile: nobody waits for the answer
+            return
 
 
 def _end_with(owner_pid: int) -> None:
