@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deploy.warnings_shown import shown_warnings
+
 SHOWN_REBALANCES = 8
 
 
@@ -43,8 +45,8 @@ def show(result: dict[str, Any], seconds: float) -> None:
     _show_events(console, result["events"])
     if result["pareto"]:
         console.print(_pareto_table(result["pareto"]))
-    for warning in result["warnings"]:
-        console.print(f"warning: {warning}")
+    for line in shown_warnings(result["warnings"]):
+        console.print(line)
     if result.get("interrupted"):
         console.print("interrupted: this is what was done until then")
 

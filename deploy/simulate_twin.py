@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deploy.warnings_shown import shown_warnings
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -238,8 +240,8 @@ def show_times(console: Console, recording: Recording, calibration: Calibration)
             f"{row.predicted_s / row.measured_s:.2f}" if row.measured_s else "",
         )
     console.print(table)
-    for warning in warnings:
-        console.print(warning, highlight=False)
+    for line in shown_warnings(warnings):
+        console.print(line, highlight=False)
     return {
         "calibration": calibration.name,
         "hash": calibration.hash,

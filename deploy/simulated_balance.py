@@ -19,6 +19,7 @@ from comms.topology import Topology
 from deploy.asked_to_stop import asked_to_stop
 from deploy.json_file import write_json
 from deploy.simulated_serving import INTERRUPTED, command
+from deploy.warnings_shown import shown_warnings
 from simulations.balance.load_balance import (
     BalanceSpec,
     Trace,
@@ -218,8 +219,8 @@ def _show(result: dict[str, Any]) -> None:
         "* between nodes, per token and layer. tokens/s counts what moving experts costs; dividing a "
         "batch is free unless --resplit-us says otherwise"
     )
-    for warning in result["warnings"]:
-        _say(f"warning: {warning}")
+    for line in shown_warnings(result["warnings"]):
+        _say(line)
     if "interrupted" in result:
         _say("interrupted: these are the steps that were done")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from deploy.warnings_shown import shown_warnings
 
 MOST_ROWS = 24
 MOST_REFUSALS = 8
@@ -39,8 +42,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
             print(f"{len(ran) - MOST_ROWS} more points are below these; --json has all")
     _refusals(points)
     _best(result)
-    for warning in result["warnings"]:
-        print(warning)
+    for line in shown_warnings(result["warnings"]):
+        print(fill(line, 80, subsequent_indent="  "))
 
 
 def _table(entries: list[dict[str, Any]], axes: list[str]) -> Table:
