@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deploy.simulate import simulate
+from deploy.simulate.commands import simulate
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from deploy import examined_claims
 from deploy.cli import app
+from deploy.simulate import claims_command
 
 
 def run(*arguments):
@@ -43,7 +43,7 @@ def rows_then(error):
 
 
 def test_rows_are_printed_and_written(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(examined_claims, "rows_of", rows_then(None))
+    monkeypatch.setattr(claims_command, "rows_of", rows_then(None))
     file = tmp_path / "claims.json"
     done = run("--json", str(file), "--report", str(tmp_path / "report"))
     assert done.exit_code == 0
@@ -56,7 +56,7 @@ def test_rows_are_printed_and_written(tmp_path, monkeypatch) -> None:
 
 
 def test_ctrl_c_keeps_the_rows_that_are_done(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(examined_claims, "rows_of", rows_then(KeyboardInterrupt()))
+    monkeypatch.setattr(claims_command, "rows_of", rows_then(KeyboardInterrupt()))
     file = tmp_path / "claims.json"
     assert run("--json", str(file)).exit_code == 130
     result = json.loads(file.read_text())

@@ -1,6 +1,6 @@
 """Warnings of a simulation as the terminal shows them."""
 
-from deploy.warnings_shown import shown_warnings
+from deploy.simulate.warnings_shown import shown_warnings
 
 
 def test_extrapolations_take_one_line_and_others_one_each() -> None:

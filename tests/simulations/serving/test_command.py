@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import pytest
 from typer.testing import CliRunner
 
-from deploy import simulated_serving
 from deploy.cli import app
+from deploy.simulate import serve_command
 from simulations.serving.pareto import parse_concurrency
 
 SMALL = (
@@ -199,7 +199,7 @@ def test_interrupted_it_writes_what_is_done(tmp_path, monkeypatch):
             )
         )
 
-    monkeypatch.setattr(simulated_serving, "_progress", ctrl_c_after_ten_steps)
+    monkeypatch.setattr(serve_command, "_progress", ctrl_c_after_ten_steps)
     file = tmp_path / "result.json"
     result = run(*SMALL, "--pareto=4", "--json", str(file))
     assert result.exit_code == 130

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from comms.launch import RankError
-from deploy.simulate import simulate
-from deploy.simulate_twin import arriving
+from deploy.simulate.commands import simulate
+from deploy.simulate.twin import arriving
 from simulations.twin import record as recorder
 from simulations.twin.recording import Recording
 from tests.simulations.twin.runs import MOSAIC

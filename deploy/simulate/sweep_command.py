@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster.model.errors import CheckpointError, UnsupportedModelError
 from deploy.json_file import write_json
 from deploy.leaving import Leaving
-from deploy.sweep_table import show
+from deploy.simulate.sweep_table import show
 from simulations.balance.load_shares import Workload
 from simulations.deployment import ComputeDtype
 from simulations.hardware.calibration import Calibration

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from deploy.json_file import write_json
 from deploy.leaving import Leaving
-from deploy.simulated_serving import INTERRUPTED, command
+from deploy.simulate.serve_command import INTERRUPTED, command
 from simulations.claims.claims import Study, rows_of
 from simulations.hardware.calibration import Calibration
 from simulations.report.build import check_report, write_report

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deploy.warnings_shown import shown_warnings
+from deploy.simulate.warnings_shown import shown_warnings
 
 SHOWN_REBALANCES = 8
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.warnings_shown import shown_warnings
+from deploy.simulate.warnings_shown import shown_warnings
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -169,7 +169,7 @@ def serve(
     The gateway's admission, the schedulers, KV blocks, placements and rebalances are the code that
     serves; only the time of a step is computed.
     """
-    from deploy.simulated_serving import Options, serve_command
+    from deploy.simulate.serve_command import Options, serve_command
 
     options = Options(
         preset=preset,

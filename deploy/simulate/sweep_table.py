@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deploy.warnings_shown import shown_warnings
+from deploy.simulate.warnings_shown import shown_warnings
 
 MOST_ROWS = 24
 MOST_REFUSALS = 8

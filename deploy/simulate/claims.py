@@ -40,7 +40,7 @@ def claims(
     60 % fewer bytes between nodes; loads of ranks within 10 %; 30 % more throughput by balancing;
     3.2 times the throughput and half the latency of tensor parallelism.
     """
-    from deploy.examined_claims import claims_command
+    from deploy.simulate.claims_command import claims_command
 
     raise typer.Exit(
         claims_command(

@@ -87,7 +87,7 @@ def sweep(
 
     Points that do not fit into memory say by how much. Ctrl-C keeps what is done.
     """
-    from deploy.sweep_clusters import Options, sweep_command
+    from deploy.simulate.sweep_command import Options, sweep_command
 
     options = Options(
         preset=preset,

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from comms.topology import Topology
-from deploy.asked_to_stop import asked_to_stop
 from deploy.json_file import write_json
-from deploy.serving_summary import show
+from deploy.simulate.asked_to_stop import asked_to_stop
+from deploy.simulate.serve_summary import show
 from simulations.balance.load_shares import Workload
 from simulations.cost import CostModel
 from simulations.deployment import Deployment

@@ -149,7 +149,7 @@ def balance(
 
     Ctrl-C keeps what is done.
     """
-    from deploy.simulated_balance import Options, balance_command
+    from deploy.simulate.balance_command import Options, balance_command
 
     options = Options(
         preset=preset,

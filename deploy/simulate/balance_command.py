@@ -16,10 +16,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from comms.topology import Topology
-from deploy.asked_to_stop import asked_to_stop
 from deploy.json_file import write_json
-from deploy.simulated_serving import INTERRUPTED, command
-from deploy.warnings_shown import shown_warnings
+from deploy.simulate.asked_to_stop import asked_to_stop
+from deploy.simulate.serve_command import INTERRUPTED, command
+from deploy.simulate.warnings_shown import shown_warnings
 from simulations.balance.load_balance import (
     BalanceSpec,
     Trace,
