@@ -267,6 +267,7 @@ def _served(options: Options) -> Served:
         max_model_len=options.max_model_len,
         max_num_queued_reqs=options.max_num_queued_reqs,
         seed=options.seed,
+        model_name="" if "/" in options.preset else options.preset,
     )
 
 

@@ -17,8 +17,8 @@ def show(result: dict[str, Any], seconds: float) -> None:
     cluster, requests, rates = result["cluster"], result["requests"], result["throughput"]
     print(
         f"{result['model']['name']}, {cluster['num_nodes']} x {cluster['ranks_per_node']} "
-        f"ranks, attention replicas: {cluster['num_replicas']}, policy {cluster['policy']}, calibration "
-        f"{result['calibration']['name']} {result['calibration']['hash']}"
+        f"ranks, attention replicas: {cluster['num_replicas']}, policy {cluster['policy']},\n"
+        f"calibration {result['calibration']['name']} {result['calibration']['hash']}"
     )
     rows = {
         "requests": ", ".join(f"{number:,} {what}" for what, number in requests.items() if number),

@@ -37,7 +37,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
     if ran:
         console.print(_table(ran[:MOST_ROWS], axes))
         fixed = [f"{AXES[axis]} {result['grid'][axis][0]}" for axis in AXES if axis not in axes]
-        print(f"{', '.join(fixed)}; batch: sequences per rank; GB: left of a rank's memory")
+        print(f"{', '.join(fixed)}")
+        print("batch: sequences per rank; GB: left of a rank's memory")
         if len(ran) > MOST_ROWS:
             print(f"{len(ran) - MOST_ROWS} more points are below these; --json has all")
     _refusals(points)
@@ -78,7 +79,7 @@ def _refusals(points: list[dict[str, Any]]) -> None:
                 f"{found['missing_bytes'] / 1e9:.1f} GB too much"
             ] = None
     for line in list(lines)[:MOST_REFUSALS]:
-        print(line)
+        print(fill(line, 80, subsequent_indent="  "))
     if len(lines) > MOST_REFUSALS:
         print(f"and {len(lines) - MOST_REFUSALS} more layouts that cannot be: see --json")
 

@@ -21,7 +21,7 @@ def head(served: Served) -> dict[str, Any]:
     return {
         "calibration": {"name": served.calibration.name, "hash": served.calibration.hash},
         "model": {
-            "name": model.architecture,
+            "name": served.model_name or model.architecture,
             "num_experts": model.num_experts,
             "num_moe_layers": model.num_moe_layers,
             "top_k": model.gate.num_experts_per_token,

@@ -48,6 +48,8 @@ class Served:
     max_num_queued_reqs: int = 65_536
     max_model_len: int | None = None
     seed: int = 0
+    model_name: str = ""
+    """As results show it; the architecture if empty."""
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
