@@ -65,8 +65,11 @@ class ScoreboardResult(Result):
     targets: tuple[Target, ...] = ()
     soft: tuple[Target, ...] = ()
     """Figures whose conditions are not complete: no part of any statistics."""
+    attached: tuple[Target, ...] = ()
+    """The blind targets again, given the experts' loads that their authors published."""
     orderings: tuple[Ordering, ...] = ()
     blind: BlindErrors = BlindErrors()
+    blind_attached: BlindErrors = BlindErrors()
 
 
 class SweepPoint(Part):

@@ -31,11 +31,15 @@ def _summary(result: ScoreboardResult) -> Section:
         f"{len(result.targets)} published figures, {blind} of them predicted blind: nothing in the "
         "simulator was fitted to those."
     ]
-    if not math.isnan(result.blind.median_error + result.blind.worst_error):
-        lines.append(
-            f"The median error of the blind ones is {_percent(result.blind.median_error)}, the worst "
-            f"{_percent(result.blind.worst_error)}."
-        )
+    for whose, errors in (
+        ("the blind ones", result.blind),
+        ("the same, given the experts' loads,", result.blind_attached),
+    ):
+        if not math.isnan(errors.median_error + errors.worst_error):
+            lines.append(
+                f"The median error of {whose} is {_percent(errors.median_error)}, the worst "
+                f"{_percent(errors.worst_error)}."
+            )
     if result.orderings:
         lines.append(f"{right} of {len(result.orderings)} orderings came out right.")
     return Section(title="Summary", blocks=[Note(text=" ".join(lines))])
@@ -84,13 +88,17 @@ def _targets(result: ScoreboardResult, name: str) -> Section:
         _table(result.targets, f"{name}-targets", "Error: predicted / published − 1."),
         _conditions((*result.targets, *result.soft), f"{name}-conditions"),
     ]
+    if result.attached:
+        caption = "The blind ones again, given the experts' loads that their authors published."
+        blocks.insert(1, _table(result.attached, f"{name}-given-loads", caption, "given loads"))
     if result.soft:
         caption = "Not counted: the conditions of these are not published in full."
         blocks.insert(1, _table(result.soft, f"{name}-soft", caption))
     return Section(title="Every figure", blocks=blocks)
 
 
-def _table(targets: Sequence[Target], name: str, caption: str) -> Table:
+def _table(targets: Sequence[Target], name: str, caption: str, sort: str = "") -> Table:
+    """`sort` of all of them; if empty, blind or in-sample."""
     return Table(
         name=name,
         caption=caption,
@@ -105,7 +113,16 @@ def _table(targets: Sequence[Target], name: str, caption: str) -> Table:
             Column(title="note", wide=True),
         ],
         rows=[
-            (t.id, t.what, t.published, t.predicted, t.unit, 100 * t.error, _sort(t), t.note)
+            (
+                t.id,
+                t.what,
+                t.published,
+                t.predicted,
+                t.unit,
+                100 * t.error,
+                sort or _sort(t),
+                t.note,
+            )
             for t in targets
         ],
     )

@@ -1,11 +1,14 @@
 """The page: whole, self-contained, and saying what the results say."""
 
 import csv
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from simulations import scoreboard
 from simulations.report.build import write_report
 from tests.simulations.report import results
 from tests.simulations.report.html_page import parsed
@@ -179,3 +182,14 @@ def test_two_results_of_a_kind_are_two_chapters(tmp_path):
     page = parsed(write_report([claims, claims], tmp_path / "report"))
     assert [article.attributes["id"] for article in page.all("article")] == ["claims", "claims-2"]
     assert (tmp_path / "report" / "claims-2-table.csv").is_file()
+
+
+def test_blind_targets_given_loads_stand_apart(tmp_path):
+    """The committed scoreboard: what it says twice is told apart, with errors as they are stored."""
+    stored = json.loads((Path(scoreboard.__file__).parent / "scoreboard.json").read_text())
+    words = parsed(write_report([stored], tmp_path / "report")).words()
+    for name, whose in (("blind", "blind ones"), ("blind_attached", "given the experts' loads,")):
+        worst = abs(stored[name]["worst_error"])
+        assert f"{whose} is {abs(stored[name]['median_error']):.1%}".replace("%", " %") in words
+        assert f"the worst {worst:.1%}".replace("%", " %") in words
+    assert words.count("given loads") == len(stored["attached"]) > 0
