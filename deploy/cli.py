@@ -45,7 +45,7 @@ def serve(
     overrides: Overrides = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", metavar="FILE", help="YAML configuration. [default: the demo's]"),
+        typer.Option("--config", metavar="FILE", help="YAML configuration. Default: the demo's."),
     ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print every option in force, and exit.")
@@ -122,7 +122,7 @@ def rebalance(
         bool, typer.Option("--dry-run", help="Only show what it would bring.")
     ] = False,
     target: Annotated[
-        float | None, typer.Option(help="Imbalance to reach. [default: the server's]")
+        float | None, typer.Option(help="Imbalance to reach. Default: the server's.")
     ] = None,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Plan without regard to what is where.")
@@ -155,7 +155,7 @@ def calibrate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     model: Annotated[
         str | None,
-        typer.Option(help="Whose sizes: a preset, or a config.json. [default: by device]"),
+        typer.Option(help="Whose sizes: a preset, or a config.json. Default: by device."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few sizes, to try it.")] = False,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write it.")] = Path(
@@ -207,7 +207,7 @@ def bench_collectives(
 def bench_codecs(
     model: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Checkpoint to take rows from. [default: mosaic]"),
+        typer.Option(metavar="DIR", help="Checkpoint to take rows from. Default: mosaic."),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -264,7 +264,7 @@ def bench_dispatch(
     topk_groups: Annotated[int, typer.Option(help="Groups that a token may choose from.")] = 4,
     tokens: Annotated[int, typer.Option(help="Tokens of each rank.")] = 512,
     repeats: Annotated[int, typer.Option(help="Timed layers of each scheme.")] = 5,
-    schemes: Annotated[str, typer.Option(help="Which, comma separated. [default: all]")] = "",
+    schemes: Annotated[str, typer.Option(help="Which, comma separated. Default: all.")] = "",
     inter_node_backend: Annotated[str, typer.Option(help="tcp or gloo.")] = "tcp",
     trace_file: TraceFile = None,
     json_file: JsonFile = None,

@@ -7,7 +7,25 @@ from typing import Annotated
 
 import typer
 
-_CLUSTER, _LOAD, _POLICY, _RESULT = "Cluster", "Load", "Policies", "Result"
+from deploy.simulate.options import (
+    CLUSTER,
+    LOAD,
+    CalibrationName,
+    Dispatcher,
+    JsonFile,
+    Nodes,
+    Overlap,
+    Preset,
+    RanksPerNode,
+    RedundantExperts,
+    ReportDirectory,
+    Seed,
+    Skew,
+    TpSize,
+    Weights,
+)
+
+_POLICY = "Policies"
 
 
 def register(app: typer.Typer) -> None:
@@ -16,59 +34,34 @@ def register(app: typer.Typer) -> None:
 
 
 def balance(
-    preset: Annotated[
-        str,
-        typer.Option(
-            help="A model by name, a config.json, or a directory with one.",
-            rich_help_panel=_CLUSTER,
-        ),
-    ] = "deepseek-v3",
-    nodes: Annotated[int, typer.Option(rich_help_panel=_CLUSTER)] = 8,
-    ranks_per_node: Annotated[int, typer.Option(rich_help_panel=_CLUSTER)] = 8,
-    tp: Annotated[
-        int, typer.Option(help="Ranks that share one attention.", rich_help_panel=_CLUSTER)
-    ] = 1,
-    redundant_experts: Annotated[
-        int | None,
-        typer.Option(
-            help="Further copies of experts. [default: one more slot for every rank]",
-            rich_help_panel=_CLUSTER,
-        ),
-    ] = None,
+    preset: Preset = "deepseek-v3",
+    nodes: Nodes = 8,
+    ranks_per_node: RanksPerNode = 8,
+    tp: TpSize = 1,
+    redundant_experts: RedundantExperts = None,
     units: Annotated[
         int,
         typer.Option(
             help="So many of these clusters side by side, each with a load of its own.",
-            rich_help_panel=_CLUSTER,
+            rich_help_panel=CLUSTER,
         ),
     ] = 1,
-    weights: Annotated[
-        str, typer.Option(help="float8 or bfloat16.", rich_help_panel=_CLUSTER)
-    ] = "float8",
-    dispatcher: Annotated[
-        str, typer.Option(help="hierarchical, flat or low_latency.", rich_help_panel=_CLUSTER)
-    ] = "hierarchical",
-    overlap: Annotated[
-        str, typer.Option(help="none or two_batch.", rich_help_panel=_CLUSTER)
-    ] = "none",
-    calibration: Annotated[
-        str,
-        typer.Option(help="What the hardware achieves: name or file.", rich_help_panel=_CLUSTER),
-    ] = "h100-published",
-    tokens_per_rank: Annotated[int, typer.Option(help="Of a step.", rich_help_panel=_LOAD)] = 128,
+    weights: Weights = "float8",
+    dispatcher: Dispatcher = "hierarchical",
+    overlap: Overlap = "none",
+    calibration: CalibrationName = "h100-published",
+    tokens_per_rank: Annotated[int, typer.Option(help="Of a step.", rich_help_panel=LOAD)] = 128,
     context: Annotated[
         int,
-        typer.Option(help="Keys of each sequence; with prefill, prompt.", rich_help_panel=_LOAD),
+        typer.Option(help="Keys of each sequence; with prefill, prompt.", rich_help_panel=LOAD),
     ] = 4096,
-    phase: Annotated[
-        str, typer.Option(help="decode or prefill.", rich_help_panel=_LOAD)
-    ] = "decode",
+    phase: Annotated[str, typer.Option(help="decode or prefill.", rich_help_panel=LOAD)] = "decode",
     workload: Annotated[
         str | None,
         typer.Option(
             help="lognormal, zipf, burst, two_topic, uniform, drift, task_shift or node_skew; of "
-            "recorded routing mixed, task_shift or node_skew. [default: lognormal, or mixed]",
-            rich_help_panel=_LOAD,
+            "recorded routing mixed, task_shift or node_skew. Default: lognormal, or mixed.",
+            rich_help_panel=LOAD,
         ),
     ] = None,
     trace: Annotated[
@@ -77,31 +70,29 @@ def balance(
             metavar="FILE",
             help="Recorded routing or a load window (.npz), or counts dumped by SGLang or vLLM "
             "(.pt, .json).",
-            rich_help_panel=_LOAD,
+            rich_help_panel=LOAD,
         ),
     ] = None,
-    skew: Annotated[
-        float | None, typer.Option(help="[default: the workload's]", rich_help_panel=_LOAD)
-    ] = None,
+    skew: Skew = None,
     jitter: Annotated[
         float | None,
         typer.Option(
-            help="Log-sd of experts' loads from step to step. [default: 0.1; 0 of a trace]",
-            rich_help_panel=_LOAD,
+            help="Log-sd of experts' loads from step to step. Default: 0.1; 0 of a trace.",
+            rich_help_panel=LOAD,
         ),
     ] = None,
     rho: Annotated[
         float,
-        typer.Option(help="drift: correlation over 100 steps.", rich_help_panel=_LOAD),
+        typer.Option(help="drift: correlation over 100 steps.", rich_help_panel=LOAD),
     ] = 0.99,
     shift_every: Annotated[
         int,
-        typer.Option(help="Steps between bursts, or tasks.", rich_help_panel=_LOAD),
+        typer.Option(help="Steps between bursts, or tasks.", rich_help_panel=LOAD),
     ] = 500,
     policies: Annotated[
         str, typer.Option(help="Which, of all five.", rich_help_panel=_POLICY)
     ] = "none,eplb,eplb_relabel,static,ours",
-    steps: Annotated[int, typer.Option(rich_help_panel=_LOAD)] = 2000,
+    steps: Annotated[int, typer.Option(rich_help_panel=LOAD)] = 2000,
     interval: Annotated[
         int,
         typer.Option(help="Steps between looks of our policy.", rich_help_panel=_POLICY),
@@ -126,21 +117,13 @@ def balance(
             rich_help_panel=_POLICY,
         ),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
+    seed: Seed = 0,
     jobs: Annotated[
         int | None,
-        typer.Option(help="Processes for several units. [default: a core each]"),
+        typer.Option(help="Processes for several units. Default: a core each."),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write JSON.", rich_help_panel=_RESULT),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Also write a report with pictures.", rich_help_panel=_RESULT
-        ),
-    ] = None,
+    json_file: JsonFile = None,
+    report: ReportDirectory = None,
 ) -> None:
     """Serve one workload under several policies of expert placement, side by side.
 
@@ -150,6 +133,7 @@ def balance(
     Ctrl-C keeps what is done.
     """
     from deploy.simulate.balance_command import Options, balance_command
+    from deploy.simulate.outputs import Outputs
 
     options = Options(
         preset=preset,
@@ -181,4 +165,4 @@ def balance(
         seed=seed,
         jobs=jobs,
     )
-    raise typer.Exit(balance_command(options, json_file, report))
+    raise typer.Exit(balance_command(options, Outputs(json_file, report)))

@@ -16,9 +16,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from comms.topology import Topology
-from deploy.json_file import write_json
 from deploy.simulate.asked_to_stop import asked_to_stop
-from deploy.simulate.serve_command import INTERRUPTED, command
+from deploy.simulate.outputs import INTERRUPTED, Outputs, command
 from deploy.simulate.warnings_shown import shown_warnings
 from simulations.balance.load_balance import (
     BalanceSpec,
@@ -68,7 +67,7 @@ class Options:
     jobs: int | None
 
 
-def balance_command(options: Options, json_file: Path | None, report: Path | None) -> int:
+def balance_command(options: Options, outputs: Outputs) -> int:
     """Simulate, print a table, write what was asked for; the exit code."""
     torch.set_num_threads(1)  # nothing here is worth a second one
     try:
@@ -76,12 +75,7 @@ def balance_command(options: Options, json_file: Path | None, report: Path | Non
         if options.jobs is not None and options.jobs < 1:
             raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
         make_loads(spec, 0)  # refuses a trace before anything has begun
-        if report is not None:
-            from simulations.report.build import check_report
-
-            check_report(report)
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise ValueError(f"{json_file}: its directory does not exist")
+        outputs.check()
         stopping = asked_to_stop() if spec.units == 1 else nullcontext(lambda: False)
         with stopping as stop, _progress() as progress:
             result = simulate(
@@ -92,11 +86,7 @@ def balance_command(options: Options, json_file: Path | None, report: Path | Non
                 progress=progress,
             )
         _show(result)
-        write_json(json_file, result)
-        if report is not None:
-            from simulations.report.build import write_report
-
-            print(write_report([result], report))
+        outputs.write(result)
     except KeyboardInterrupt:
         print("stopped before anything was done", file=sys.stderr)
         return INTERRUPTED

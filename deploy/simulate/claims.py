@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from deploy.simulate.options import CalibrationName, JsonFile, ReportDirectory, Seed
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -26,14 +28,10 @@ def claims(
         str, typer.Option(help="Which, of all four.")
     ] = "traffic,difference,throughput,tensor_parallel",
     steps: Annotated[int, typer.Option(help="Of each run.")] = 500,
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
-    calibration: Annotated[
-        str, typer.Option(help="What the hardware achieves: name or file.")
-    ] = "h100-published",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write JSON, all figures.")
-    ] = None,
-    report: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write a report.")] = None,
+    seed: Seed = 0,
+    calibration: CalibrationName = "h100-published",
+    json_file: JsonFile = None,
+    report: ReportDirectory = None,
 ) -> None:
     """Examine published claims: each with its baseline, what was measured, and a verdict.
 
@@ -41,6 +39,7 @@ def claims(
     3.2 times the throughput and half the latency of tensor parallelism.
     """
     from deploy.simulate.claims_command import claims_command
+    from deploy.simulate.outputs import Outputs
 
     raise typer.Exit(
         claims_command(
@@ -49,7 +48,6 @@ def claims(
             steps=steps,
             seed=seed,
             calibration=calibration,
-            json_file=json_file,
-            report=report,
+            outputs=Outputs(json_file, report),
         )
     )

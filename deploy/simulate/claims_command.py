@@ -12,12 +12,10 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from deploy.json_file import write_json
 from deploy.leaving import Leaving
-from deploy.simulate.serve_command import INTERRUPTED, command
+from deploy.simulate.outputs import INTERRUPTED, Outputs, command
 from simulations.claims.claims import Study, rows_of
 from simulations.hardware.calibration import Calibration
-from simulations.report.build import check_report, write_report
 
 COLOURS = {"reproduces": "green", "partly": "yellow", "does not": "red", "skipped": "dim"}
 
@@ -29,8 +27,7 @@ def claims_command(
     steps: int,
     seed: int,
     calibration: str,
-    json_file: Path | None,
-    report: Path | None,
+    outputs: Outputs,
 ) -> int:
     """0; 2 for what cannot be; 130 on Ctrl-C, with the rows that were done written."""
     torch.set_num_threads(1)  # the same sums on every machine, and nothing is worth a second one
@@ -44,18 +41,13 @@ def claims_command(
             steps=steps,
             seed=seed,
         )
-        if report is not None:
-            check_report(report)
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise ValueError(f"{json_file}: its directory does not exist")
+        outputs.check()
         try:
             _examine(study, rows)
         except KeyboardInterrupt:
             interrupted = True
         result = _result(study, rows, interrupted)
-        write_json(json_file, result)
-        if report is not None:
-            print(write_report([result], report))
+        outputs.write(result)
     except (ValueError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -7,7 +7,25 @@ from typing import Annotated
 
 import typer
 
-_CLUSTER, _TRAFFIC, _SERVER, _RESULT = "Cluster", "Traffic", "Server", "Result"
+from deploy.simulate.options import (
+    CLUSTER,
+    RESULT,
+    CalibrationName,
+    Dispatcher,
+    JsonFile,
+    Nodes,
+    Overlap,
+    Preset,
+    RanksPerNode,
+    RedundantExperts,
+    ReportDirectory,
+    Seed,
+    Skew,
+    TpSize,
+    Weights,
+)
+
+_TRAFFIC, _SERVER = "Traffic", "Server"
 
 
 def register(app: typer.Typer) -> None:
@@ -16,36 +34,18 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    preset: Annotated[
-        str, typer.Option(help="A model by name, a config.json, or a directory with one.")
-    ] = "deepseek-v3",
-    nodes: Annotated[int, typer.Option(rich_help_panel=_CLUSTER)] = 8,
-    ranks_per_node: Annotated[int, typer.Option(rich_help_panel=_CLUSTER)] = 8,
-    tp: Annotated[
-        int, typer.Option(help="Ranks that share one attention.", rich_help_panel=_CLUSTER)
-    ] = 1,
-    redundant_experts: Annotated[
-        int | None,
-        typer.Option(
-            help="Further copies; if not given, one spare slot a rank.", rich_help_panel=_CLUSTER
-        ),
-    ] = None,
-    weights: Annotated[
-        str, typer.Option(help="float8 or bfloat16.", rich_help_panel=_CLUSTER)
-    ] = "float8",
+    preset: Preset = "deepseek-v3",
+    nodes: Nodes = 8,
+    ranks_per_node: RanksPerNode = 8,
+    tp: TpSize = 1,
+    redundant_experts: RedundantExperts = None,
+    weights: Weights = "float8",
     kv_dtype: Annotated[
-        str, typer.Option(help="bfloat16 or float8.", rich_help_panel=_CLUSTER)
+        str, typer.Option(help="bfloat16 or float8.", rich_help_panel=CLUSTER)
     ] = "bfloat16",
-    dispatcher: Annotated[
-        str, typer.Option(help="hierarchical, flat or low_latency.", rich_help_panel=_CLUSTER)
-    ] = "hierarchical",
-    overlap: Annotated[
-        str, typer.Option(help="none or two_batch.", rich_help_panel=_CLUSTER)
-    ] = "none",
-    calibration: Annotated[
-        str,
-        typer.Option(help="What the hardware achieves: name or file.", rich_help_panel=_CLUSTER),
-    ] = "h100-published",
+    dispatcher: Dispatcher = "hierarchical",
+    overlap: Overlap = "none",
+    calibration: CalibrationName = "h100-published",
     arrivals: Annotated[
         str,
         typer.Option(
@@ -92,12 +92,7 @@ def serve(
             rich_help_panel=_TRAFFIC,
         ),
     ] = "lognormal",
-    skew: Annotated[
-        float | None,
-        typer.Option(
-            help="Log-sd or exponent of it; if not given, its usual one.", rich_help_panel=_TRAFFIC
-        ),
-    ] = None,
+    skew: Skew = None,
     jitter: Annotated[
         float, typer.Option(help="Log-sd from step to step.", rich_help_panel=_TRAFFIC)
     ] = 0.1,
@@ -149,26 +144,19 @@ def serve(
         typer.Option(
             metavar="USERS,USERS...",
             help="Also: throughput against speed for so many users, e.g. 64,512,4096.",
-            rich_help_panel=_RESULT,
+            rich_help_panel=RESULT,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write JSON.", rich_help_panel=_RESULT),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Also write a report with pictures.", rich_help_panel=_RESULT
-        ),
-    ] = None,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    report: ReportDirectory = None,
 ) -> None:
     """Serve requests on a simulated cluster: times to tokens, throughput, memory, failures.
 
     The gateway's admission, the schedulers, KV blocks, placements and rebalances are the code that
     serves; only the time of a step is computed.
     """
+    from deploy.simulate.outputs import Outputs
     from deploy.simulate.serve_command import Options, serve_command
 
     options = Options(
@@ -205,4 +193,4 @@ def serve(
         pareto=pareto,
         seed=seed,
     )
-    raise typer.Exit(serve_command(options, json_file, report))
+    raise typer.Exit(serve_command(options, Outputs(json_file, report)))

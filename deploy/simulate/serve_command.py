@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from comms.topology import Topology
-from deploy.json_file import write_json
 from deploy.simulate.asked_to_stop import asked_to_stop
+from deploy.simulate.outputs import INTERRUPTED, Outputs, command
 from deploy.simulate.serve_summary import show
 from simulations.balance.load_shares import Workload
 from simulations.cost import CostModel
@@ -41,7 +41,6 @@ from simulations.serving.simulation import Simulation
 ARRIVALS = ("poisson", "bursts", "closed")
 NUM_REQUESTS = 2000
 MAX_REQUESTS = 1_000_000
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,27 +81,18 @@ class Options:
     seed: int
 
 
-def serve_command(options: Options, json_file: Path | None, report: Path | None) -> int:
+def serve_command(options: Options, outputs: Outputs) -> int:
     """Simulate, print a summary, write what was asked for; the exit code."""
     try:
         run = _Run(options)
-        if report is not None:
-            from simulations.report.build import check_report
-
-            check_report(report)
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise ValueError(f"{json_file}: its directory does not exist")
+        outputs.check()
         with asked_to_stop() as stop:
             result = run.result(stop)
             interrupted = stop()
         if interrupted:
             result["interrupted"] = True
         show(result, run.seconds)
-        write_json(json_file, result)
-        if report is not None:
-            from simulations.report.build import write_report
-
-            print(write_report([result], report))
+        outputs.write(result)
     except (ValueError, OSError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -269,16 +259,6 @@ def _served(options: Options) -> Served:
         seed=options.seed,
         model_name="" if "/" in options.preset else options.preset,
     )
-
-
-def command() -> list[str]:
-    """The command line as it was given, without where results go."""
-    words = ["expertmesh", *sys.argv[1:]]
-    for option in ("--json", "--report"):
-        while option in words:
-            del words[words.index(option) : words.index(option) + 2]
-        words = [word for word in words if not word.startswith(f"{option}=")]
-    return words
 
 
 def _refusals(simulation: Simulation) -> list[str]:

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-_GRID, _LOAD, _RESULT = "Grid (several values: 4,8)", "Load", "Result"
+from deploy.simulate.options import (
+    LOAD,
+    RESULT,
+    CalibrationName,
+    JsonFile,
+    Preset,
+    ReportDirectory,
+    Seed,
+    Skew,
+    Weights,
+)
+
+_GRID = "Grid (several values: 4,8)"
 
 
 def register(app: typer.Typer) -> None:
@@ -16,9 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def sweep(
-    preset: Annotated[
-        str, typer.Option(help="A model by name, a config.json, or a directory with one.")
-    ] = "deepseek-v3",
+    preset: Preset = "deepseek-v3",
     nodes: Annotated[str, typer.Option(rich_help_panel=_GRID)] = "4,8",
     ranks_per_node: Annotated[str, typer.Option(rich_help_panel=_GRID)] = "8",
     redundant_experts: Annotated[
@@ -40,53 +50,42 @@ def sweep(
         typer.Option(
             help="Which experts tokens choose: lognormal, zipf, burst, two_topic, uniform, drift, "
             "task_shift or node_skew.",
-            rich_help_panel=_LOAD,
+            rich_help_panel=LOAD,
         ),
     ] = "lognormal",
-    skew: Annotated[
-        float | None, typer.Option(help="[default: the workload's]", rich_help_panel=_LOAD)
-    ] = None,
+    skew: Skew = None,
     jitter: Annotated[
-        float, typer.Option(help="Log-sd from step to step.", rich_help_panel=_LOAD)
+        float, typer.Option(help="Log-sd from step to step.", rich_help_panel=LOAD)
     ] = 0.1,
-    steps: Annotated[int, typer.Option(help="Of each point.", rich_help_panel=_LOAD)] = 200,
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 0,
-    weights: Annotated[str, typer.Option(help="float8 or bfloat16.")] = "float8",
-    calibration: Annotated[
-        str, typer.Option(help="What the hardware achieves: name or file.")
-    ] = "h100-published",
+    steps: Annotated[int, typer.Option(help="Of each point.", rich_help_panel=LOAD)] = 200,
+    seed: Seed = 0,
+    weights: Weights = "float8",
+    calibration: CalibrationName = "h100-published",
     tpot_ms: Annotated[
         float,
         typer.Option(
-            help="Also the best point within this time per token.", rich_help_panel=_RESULT
+            help="Also the best point within this time per token.", rich_help_panel=RESULT
         ),
     ] = 50.0,
     jobs: Annotated[
-        int | None, typer.Option(help="Processes. [default: a core each]", rich_help_panel=_RESULT)
+        int | None, typer.Option(help="Processes. Default: a core each.", rich_help_panel=RESULT)
     ] = None,
     points: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="Keep finished points here as they come; a later sweep goes on from them.",
-            rich_help_panel=_RESULT,
+            rich_help_panel=RESULT,
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write JSON.", rich_help_panel=_RESULT),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Also write a report with pictures.", rich_help_panel=_RESULT
-        ),
-    ] = None,
+    json_file: JsonFile = None,
+    report: ReportDirectory = None,
 ) -> None:
     """Evaluate every combination of cluster, batch and policy; which one serves most.
 
     Points that do not fit into memory say by how much. Ctrl-C keeps what is done.
     """
+    from deploy.simulate.outputs import Outputs
     from deploy.simulate.sweep_command import Options, sweep_command
 
     options = Options(
@@ -108,4 +107,4 @@ def sweep(
         tpot_ms=tpot_ms,
         jobs=jobs,
     )
-    raise typer.Exit(sweep_command(options, points, json_file, report))
+    raise typer.Exit(sweep_command(options, points, Outputs(json_file, report)))

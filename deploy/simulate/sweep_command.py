@@ -15,14 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.model.errors import CheckpointError, UnsupportedModelError
-from deploy.json_file import write_json
 from deploy.leaving import Leaving
+from deploy.simulate.outputs import Outputs
 from deploy.simulate.sweep_table import show
 from simulations.balance.load_shares import Workload
 from simulations.deployment import ComputeDtype
 from simulations.hardware.calibration import Calibration
 from simulations.presets import load_model
-from simulations.report.build import check_report, write_report
 from simulations.sweep.point import Study, evaluate
 from simulations.sweep.point_store import PointStore
 from simulations.sweep.processes import available_cores
@@ -55,16 +54,11 @@ class Options:
     jobs: int | None
 
 
-def sweep_command(
-    options: Options, points_file: Path | None, json_file: Path | None, report: Path | None
-) -> int:
+def sweep_command(options: Options, points_file: Path | None, outputs: Outputs) -> int:
     """0; 2 for what cannot be; 1 if a process dies; 130 on Ctrl-C, with what was done written."""
     try:
         grid, study, jobs = _read(options)
-        if report is not None:
-            check_report(report)
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise ValueError(f"{json_file}: its directory does not exist")
+        outputs.check()
         store = PointStore(points_file)
         with Leaving().handled():
             swept = _evaluated(grid, study, store, jobs)
@@ -79,9 +73,7 @@ def sweep_command(
         return 2
     result = _result(options, grid, study, swept)
     show(Console(), result)
-    write_json(json_file, result)
-    if report is not None:
-        print(f"wrote {write_report([result], report)}")
+    outputs.write(result)
     return _say_how_to_go_on(swept, store) if swept.interrupted else 0
 
 

@@ -43,7 +43,7 @@ def record(
         typer.Option(
             "--config",
             metavar="FILE",
-            help=f"YAML configuration. [default: the demo's with {' '.join(LAYOUT)}]",
+            help=f"YAML configuration. Default: the demo's with {' '.join(LAYOUT)}.",
         ),
     ] = None,
     requests: Annotated[int, typer.Option(min=1, help="They come one after the other.")] = 24,
@@ -155,7 +155,7 @@ def twin(
     recording: Annotated[Path, typer.Argument(metavar="FILE", help="Of `simulate record`.")],
     calibration: Annotated[
         str | None,
-        typer.Option(help="Predict times too: name or file. [default: this project's CPU's]"),
+        typer.Option(help="Predict times too: name or file. Default: this project's CPU's."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
