@@ -10,6 +10,7 @@ All in plain integers: graphs are small (a few hundred edges), and every rank mu
 """
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 
@@ -35,11 +36,16 @@ class Flow:
         self._order = self._peel()
 
     def fill(
-        self, tokens: Sequence[int], room: Sequence[int], start: Sequence[int] = ()
+        self,
+        tokens: Sequence[int],
+        room: Sequence[int],
+        start: Sequence[int] = (),
+        closed: AbstractSet[int] = frozenset(),
     ) -> tuple[list[int], list[Bottleneck]]:
         """Tokens on each edge, and why some were left over, if any were.
 
         start: a flow within tokens and room to begin with, nothing by default.
+        closed: edges that carry nothing. A leaf stays one without them.
         """
         left, room = list(tokens), list(room)
         flow = list(start) or [0] * len(self.experts)
@@ -47,6 +53,8 @@ class Flow:
             left[self.experts[edge]] -= amount
             room[self.ranks[edge]] -= amount
         for edge, expert, rank, rivals in self._order:
+            if edge in closed:
+                continue
             amount = left[expert]
             if rivals:
                 amount = amount * room[rank] // max(1, sum([room[r] for r in rivals]))
@@ -58,7 +66,7 @@ class Flow:
         too_much = []
         for expert in range(len(left)):
             while left[expert]:
-                bottleneck = self._augment(expert, left, room, flow)
+                bottleneck = self._augment(expert, left, room, flow, closed)
                 if bottleneck is not None:
                     too_much.append(bottleneck)
                     break
@@ -111,7 +119,12 @@ class Flow:
         return order
 
     def _augment(
-        self, start: int, left: list[int], room: list[int], flow: list[int]
+        self,
+        start: int,
+        left: list[int],
+        room: list[int],
+        flow: list[int],
+        closed: AbstractSet[int],
     ) -> Bottleneck | None:
         """Move tokens along a shortest path from expert `start` to a rank with room."""
         left_by = {start: -1}  # expert: the edge whose tokens it can move elsewhere
@@ -120,7 +133,7 @@ class Flow:
         for expert in waiting:
             for edge in self.edges_of_expert[expert]:
                 rank = self.ranks[edge]
-                if rank in entered_by:
+                if rank in entered_by or edge in closed:
                     continue
                 entered_by[rank] = edge
                 if room[rank] > 0:

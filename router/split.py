@@ -4,6 +4,7 @@ The counts of the batch decide, and nothing else: every rank that knows them fin
 in integers. The least possible maximum T over the ranks' tokens is exact: T is feasible unless some
 set of ranks has more tokens of experts that only it holds than T for each of its ranks (Hall). Each
 infeasible T shows such a set, whose mean is the next T (Dinkelbach's iteration on the minimum cut).
+Below T, too, ranks are as even as can be (even_levels.py).
 
 N nodes, E logical experts, C most copies of any expert (as in logical_to_physical), R ranks,
 A experts with a choice: copies on several ranks; an edge is one (such expert, rank that holds it).
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from router.even_levels import EvenLevels
 from router.flow import Flow
 from router.placement import IntArray, LayerPlacement, Placement
 
@@ -60,6 +62,8 @@ class LayerSplit:
             num_experts=len(self._several),
             num_ranks=layer.num_ranks,
         )
+        unit = int(np.gcd.reduce(self._speeds_R))
+        self._levels = EvenLevels(self._flow, (self._speeds_R // unit).tolist())
         of_expert, of_rank = self._flow.components()
         self._component = np.array(of_rank + of_expert, dtype=np.int64)
         self._component_speed = np.bincount(of_rank, weights=self._speeds_R).astype(np.int64)
@@ -71,7 +75,7 @@ class LayerSplit:
 
     def optimum(self, counts_E: IntArray) -> int:
         """The least integer T such that no rank needs more than T tokens, or T times its speed."""
-        return self._solve(np.asarray(counts_E, dtype=np.int64))[0]
+        return self._solve(np.asarray(counts_E, dtype=np.int64))
 
     def imbalance(self, counts_E: IntArray) -> float:
         """optimum / mean; 1 without tokens."""
@@ -81,21 +85,23 @@ class LayerSplit:
     def divide(self, counts_NE: IntArray, slack: float = 0.0) -> IntArray:
         """quotas [N, E, C]: how many tokens of each expert go from each node to each copy.
 
-        They add up to counts_NE, and no rank gets more than optimum * (1 + slack). Under that cap
-        nearly as many tokens stay on their node as can: each rank first takes what is at home, and
-        only as much of it moves, by shortest paths, as others need to find a place.
+        They add up to counts_NE. Without slack ranks are as even as can be (even_levels.py): the
+        greatest load is the optimum, then the second is least, and so on. With slack each may get
+        (1 + slack) times that. Within this room nearly as many tokens stay on their node as can: each
+        rank first takes what is at home, and only as much of it moves, by shortest paths, as others
+        need to find a place.
         """
         counts_NE = np.asarray(counts_NE, dtype=np.int64)
-        level, flow, base_R = self._solve(counts_NE.sum(axis=0))
-        counts_NA = counts_NE[:, self._several]
-        if len(counts_NE) > 1:
-            flow = self._from_home(counts_NA, base_R, int(level * (1.0 + slack)))
+        flow, base_R, load_R, is_only = self._even(counts_NE.sum(axis=0))
+        if len(counts_NE) > 1 and (slack or not is_only):
+            room_R = (load_R * (1.0 + slack)).astype(np.int64) - base_R
+            flow = self._from_home(counts_NE[:, self._several], room_R)
         return self._quotas(np.array(flow, dtype=np.int64), counts_NE)
 
     def by_copy(self, counts_E: IntArray) -> IntArray:
-        """[E, C]: tokens of each copy, wherever they come from; no rank gets more than the optimum."""
+        """[E, C]: tokens of each copy, wherever they come from; ranks are as even as can be."""
         counts_E = np.asarray(counts_E, dtype=np.int64)
-        _, flow, _ = self._solve(counts_E)
+        flow = self._even(counts_E)[0]
         tokens_EC = np.zeros((len(counts_E), self._max_copies), dtype=np.int64)
         tokens_EC[self._single, 0] = counts_E[self._single]
         tokens_EC[self._several[self._edge_expert], self._edge_copy] = flow
@@ -109,7 +115,7 @@ class LayerSplit:
         """
         counts_NE = np.asarray(counts_NE, dtype=np.int64)
         active_E = (counts_NE.sum(axis=0) > 0).astype(np.int64)
-        level, _, base_R = self._solve(active_E)
+        level, base_R = self._solve(active_E), self._base(active_E)
         at_home = counts_NE[:, self._several][self._edge_node, self._edge_expert]
         room = (level * self._speeds_R // _UNIT - base_R).tolist()
         free, left, start = active_E[self._several].tolist(), list(room), [0] * len(at_home)
@@ -125,20 +131,17 @@ class LayerSplit:
 
     # -- the optimum -------------------------------------------------------------------------
 
-    def _solve(self, counts_E: IntArray) -> tuple[int, list[int], IntArray]:
-        """The optimum, the tokens of each edge under it, and the ranks' tokens without a choice."""
-        base_R = np.bincount(
-            self._rank_of_single, weights=counts_E[self._single], minlength=self.layer.num_ranks
-        ).astype(np.int64)
+    def _solve(self, counts_E: IntArray) -> int:
+        base_R = self._base(counts_E)
         base, tokens = base_R.tolist(), counts_E[self._several].tolist()
         level = self._lower_bound(base_R, counts_E)
         while True:
             room = [
                 level * speed // _UNIT - own for speed, own in zip(self._speeds, base, strict=True)
             ]
-            flow, bottlenecks = self._flow.fill(tokens, room)
+            _, bottlenecks = self._flow.fill(tokens, room)
             if not bottlenecks:
-                return level, flow, base_R
+                return level
             level += 1
             for experts, ranks in bottlenecks:
                 load = sum([tokens[e] for e in experts]) + sum([base[r] for r in ranks])
@@ -151,6 +154,31 @@ class LayerSplit:
         own = -(-base_R * _UNIT // self._speeds_R)
         return max(int(own.max()), int((-(-total * _UNIT // self._component_speed)).max()))
 
+    def _even(self, counts_E: IntArray) -> tuple[list[int], IntArray, IntArray, bool]:
+        """Tokens of each edge, with ranks as even as can be; the ranks' tokens without a choice, and
+        all of them; whether no other flow leads to these."""
+        base_R, tokens = self._base(counts_E), counts_E[self._several].tolist()
+        flow, is_only = self._levels.fill(tokens, base_R.tolist())
+        load_R = self._load(base_R, flow)
+        if self._speeds_R.min() < self._speeds_R.max():  # rounding the optimum may leave less room
+            most_R = self._solve(counts_E) * self._speeds_R // _UNIT
+            if (load_R > most_R).any():
+                flow, _ = self._flow.fill(tokens, (np.minimum(load_R, most_R) - base_R).tolist())
+                flow, _ = self._flow.fill(tokens, (most_R - base_R).tolist(), flow)
+                load_R, is_only = self._load(base_R, flow), False
+        return flow, base_R, load_R, is_only
+
+    def _base(self, counts_E: IntArray) -> IntArray:
+        """[R]: tokens that have no other rank to go to."""
+        single_R = np.bincount(
+            self._rank_of_single, weights=counts_E[self._single], minlength=self.layer.num_ranks
+        )
+        return single_R.astype(np.int64)
+
+    def _load(self, base_R: IntArray, flow: list[int]) -> IntArray:
+        flow_R = np.bincount(self._edge_rank, weights=flow, minlength=len(base_R))
+        return base_R + flow_R.astype(np.int64)
+
     # -- who sends to which copy -------------------------------------------------------------
 
     def _quotas(self, tokens: IntArray, counts_NE: IntArray) -> IntArray:
@@ -162,13 +190,12 @@ class LayerSplit:
         quotas_NEC[:, self._several] = self._by_source(quotas_AC, counts_NE[:, self._several])
         return quotas_NEC
 
-    def _from_home(self, counts_NA: IntArray, base_R: IntArray, level: int) -> list[int]:
+    def _from_home(self, counts_NA: IntArray, room_R: IntArray) -> list[int]:
         """Tokens of each edge, no rank above `level`: first those of its own node, as far as they
         fit beside each other, then all others."""
         home = counts_NA[self._edge_node, self._edge_expert] // self._edge_alike
-        wanted_R = np.zeros_like(base_R)
+        wanted_R = np.zeros_like(room_R)
         np.add.at(wanted_R, self._edge_rank, home)
-        room_R = level * self._speeds_R // _UNIT - base_R
         home = home * np.minimum(room_R, wanted_R)[self._edge_rank]
         home //= np.maximum(wanted_R, 1)[self._edge_rank]
         flow, _ = self._flow.fill(counts_NA.sum(axis=0).tolist(), room_R.tolist(), home.tolist())

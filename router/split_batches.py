@@ -1,7 +1,7 @@
 """How many batches of one layer divide over its copies, all at once.
 
 `LayerSplit` answers for one batch, as ranks need it in every step; simulations ask for thousands of
-batches under one placement. The least possible maximum over the ranks' tokens is the same.
+batches under one placement. The ranks' loads are the same, but for which of equals has a token more.
 
 B batches, E logical experts, C copies, S slots of all ranks, R ranks, A experts with a choice: copies
 on several ranks; an edge is one (such expert, rank that holds it).
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from router.forest import Forest, TwoCyclesError
+from router.even_batches import even_room
+from router.forest import Forest
 from router.placement import IntArray, LayerPlacement
+from router.rooted_trees import TwoCyclesError
 from router.split import LayerSplit
 
 
@@ -52,19 +54,19 @@ class BatchSplit:
         return forest.least_level(*self._loads(counts_BE))
 
     def divide(self, counts_BE: IntArray) -> IntArray:
-        """[B, S]: tokens of each slot. They add up to counts_BE, no rank has more than the optimum."""
+        """[B, S]: tokens of each slot. They add up to counts_BE; ranks are as even as can be."""
         forest, counts_BE = self._forest_for(counts_BE)
         slot_BS = np.zeros((len(counts_BE), self.layer.num_slots), dtype=np.int64)
-        if forest is None:
-            held_EC = self.layer.logical_to_physical >= 0
-            slots = self.layer.logical_to_physical[held_EC]
-            for slot_S, counts_E in zip(slot_BS, counts_BE, strict=True):
-                slot_S[slots] = self.one.by_copy(counts_E)[held_EC]
-            return slot_BS
-        base_RB, tokens_AB = self._loads(counts_BE)
-        room_RB = forest.least_level(base_RB, tokens_AB) - base_RB
-        slot_BS[:, self._single_slot] = counts_BE[:, self._single]
-        slot_BS[:, self._edge_slot] = forest.flow(room_RB, tokens_AB).T
+        one_by_one = np.arange(len(counts_BE))
+        if forest is not None:
+            base_RB, tokens_AB = self._loads(counts_BE)
+            room_RB, one_by_one = even_room(forest, base_RB, tokens_AB)
+            slot_BS[:, self._single_slot] = counts_BE[:, self._single]
+            slot_BS[:, self._edge_slot] = forest.flow(room_RB, tokens_AB).T
+        held_EC = self.layer.logical_to_physical >= 0
+        slots = self.layer.logical_to_physical[held_EC]
+        for batch in one_by_one:
+            slot_BS[batch, slots] = self.one.by_copy(counts_BE[batch])[held_EC]
         return slot_BS
 
     def _forest_for(self, counts_BE: IntArray) -> tuple[Forest | None, IntArray]:

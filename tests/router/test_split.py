@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
 
 from router.placement import Placement
 from router.split import LayerSplit
@@ -148,6 +150,46 @@ def test_by_copy_has_all_tokens_and_reaches_the_optimum(case):
     assert rank_loads(layer, tokens_EC[None]).max() == split.optimum(counts_E)
 
 
+def most_within(layer, counts_E, room_R):
+    """Tokens that find a place where no rank takes more than its room."""
+    experts, _, ranks = edges_of(layer)
+    num, source = layer.num_experts, layer.num_experts + layer.num_ranks
+    capacity = np.zeros((source + 2, source + 2), dtype=np.int32)
+    capacity[source, :num] = counts_E
+    capacity[experts, num + ranks] = counts_E[experts]
+    capacity[num:source, source + 1] = room_R
+    return maximum_flow(csr_array(capacity), source, source + 1).flow_value
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_no_loads_are_more_even(case):
+    """With rooms c for all ranks at most sum(min(load, c)) tokens find a place, whatever the loads.
+    These have that many for all c at once: the greatest is least, then the second, and so on; the
+    least is greatest."""
+    layer, counts_NE = case
+    counts_E = counts_NE.sum(axis=0)
+    split = LayerSplit(layer)
+    loads_R = rank_loads(layer, split.divide(counts_NE))
+    assert loads_R.tolist() == rank_loads(layer, split.divide(counts_NE[::-1])).tolist()
+    assert sorted(loads_R) == sorted(rank_loads(layer, split.by_copy(counts_E)[None]))
+    for level in {*loads_R.tolist(), *(loads_R + 1).tolist()}:
+        most = most_within(layer, counts_E, np.full(layer.num_ranks, level))
+        assert np.minimum(loads_R, level).sum() == most
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.integers(0, 10**6))
+def test_with_speeds_none_are_more_even_but_for_rounding(case, seed):
+    layer, counts_NE = case
+    speeds_R = np.random.default_rng(seed).uniform(0.5, 2.0, layer.num_ranks)
+    loads_R = rank_loads(layer, LayerSplit(layer, speeds_R).divide(counts_NE))
+    for level in loads_R / speeds_R:
+        room_R = np.floor(level * speeds_R + 1e-6).astype(int)
+        most = most_within(layer, counts_NE.sum(axis=0), room_R)
+        assert np.minimum(loads_R, room_R).sum() >= most * (1 - 1e-4) - layer.num_ranks
+
+
 @settings(max_examples=300, deadline=None)
 @given(cases(), st.sampled_from([0.0, 0.02, 0.5]))
 def test_divide_conserves_tokens_and_keeps_the_cap(case, slack):
@@ -190,8 +232,8 @@ def test_slack_brings_tokens_home():
     assert split.divide(counts_NE, 0.2)[:, 0].tolist() == [[16, 14], [0, 10]]
 
 
-def least_leaving(layer, counts_NE, cap):
-    """The linear program: tokens [N, copies] with loads within cap, fewest on another node."""
+def least_leaving(layer, counts_NE, cap_R):
+    """The linear program: tokens [N, copies] with loads within cap_R, fewest on another node."""
     experts, copies, ranks = edges_of(layer)
     nodes = layer.logical_to_physical[experts, copies] // layer.slots_per_node
     num, num_nodes = len(experts), len(counts_NE)
@@ -204,7 +246,7 @@ def least_leaving(layer, counts_NE, cap):
     return linprog(
         abroad.astype(float),
         A_ub=np.tile(of_rank, num_nodes),
-        b_ub=np.full(layer.num_ranks, cap),
+        b_ub=cap_R,
         A_eq=of_source.reshape(counts_NE.size, -1),
         b_eq=counts_NE.ravel(),
         method="highs",
@@ -226,8 +268,8 @@ def test_few_more_tokens_leave_than_must(num_nodes, slots, slack):
         node_EC = layer.logical_to_physical // layer.slots_per_node
         here = np.arange(num_nodes)[:, None, None]
         leaving = int((quotas_NEC * (node_EC != here)).sum())
-        cap = int(split.optimum(counts_NE.sum(axis=0)) * (1 + slack))
-        least = least_leaving(layer, counts_NE, cap)
+        cap_R = np.floor(rank_loads(layer, split.divide(counts_NE)) * (1 + slack))
+        least = least_leaving(layer, counts_NE, cap_R)
         assert leaving >= least - 1e-6
         ours, best = ours + leaving, best + least
     assert ours <= 1.05 * best

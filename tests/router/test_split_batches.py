@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.forest import Forest, TwoCyclesError
+from router.forest import Forest
+from router.rooted_trees import TwoCyclesError
 from router.split import LayerSplit
 from router.split_batches import BatchSplit
-from tests.router.test_split import layer_of, path_layer, random_layer
+from tests.router.test_split import layer_of, path_layer, random_layer, rank_loads
 
 
 def ring_layer(num_ranks, singles=1, pendant=False):
@@ -68,6 +69,9 @@ def test_division_has_all_tokens_and_reaches_the_optimum(case):
     rank_BR = slot_BS.reshape(len(slot_BS), layer.num_ranks, -1).sum(axis=2)
     one = LayerSplit(layer)
     assert rank_BR.max(axis=1).tolist() == [one.optimum(c) for c in counts_BE]
+    for rank_R, counts_E in zip(rank_BR, counts_BE, strict=True):
+        alone_R = rank_loads(layer, one.by_copy(counts_E)[None])
+        assert sorted(rank_R) == sorted(alone_R)
 
 
 def test_which_graphs_are_solved_at_once():
