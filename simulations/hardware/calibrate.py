@@ -80,7 +80,7 @@ def cpu_calibration(
     sizes: a `measure_cpu.Sizes`; None: as `quick` says.
     """
     from simulations.hardware import measure_cpu
-    from simulations.hardware.step_check import step_check
+    from simulations.hardware.step_check import check_step, fit_overheads
 
     sizes = sizes or (measure_cpu.Sizes.quick() if quick else measure_cpu.Sizes())
     found = measure_cpu.measure(model, sizes, say)
@@ -95,17 +95,20 @@ def cpu_calibration(
             "links": found["links"],
             "dispatch": found["dispatch"],
             "combine": found["combine"],
-            "overheads": found["overheads"],
+            "overheads": {"step_s": 0.0, "layer_s": 0.0},
             "overlap": {"sm_share": 0.0, "supports_two_batch": False, "pipelined_stages": False},
             "range": _ranges(sizes.rows, sizes.contexts, (1, measure_cpu.LAYOUT.world_size)),
         },
         say=say,
     )
+    say("steps of the bundled model")
+    values["overheads"] = fit_overheads(
+        Calibration.from_json(json.dumps(values), name), sizes.steps
+    )
     if model == load_model("mosaic"):
-        say("a step, predicted and run")
         calibration = Calibration.from_json(json.dumps(values), name)
         values["measured"]["step"] = [
-            step_check(calibration, sequences, sizes.steps) for sequences in sizes.check_sequences
+            check_step(calibration, sequences, sizes.steps) for sequences in sizes.check_sequences
         ]
     return values
 

@@ -22,7 +22,6 @@ from comms.groups import ParallelGroups
 from comms.launch import RankPool
 from comms.topology import Topology
 from simulations import arithmetic
-from simulations.bench import bench_step
 from simulations.hardware import cpu_exchange, cpu_layer
 from simulations.hardware.cpu_tables import Case, cpu_tables, exchange_links
 from simulations.hardware.cpu_timing import Call, Windows, undisturbed, window_means
@@ -70,7 +69,7 @@ class Sizes:
             tokens=(1, 16),
             messages=(1024, 65536),
             tensor_parallel_sizes=(2,),
-            windows=Windows(seconds=0.01, number=3),
+            windows=Windows(seconds=0.005, rounds=2),
             steps=5,
             check_sequences=(4,),
         )
@@ -93,30 +92,23 @@ def measure(model: ModelConfig, sizes: Sizes, say: Say) -> dict[str, Any]:
         links = times("links", LAYOUT, time_links)
         inside = times("dispatch and combine inside a node", ONE_NODE, time_exchanges)
         across = times("dispatch and combine between nodes", LAYOUT, time_exchanges)
-    say("steps of the bundled model")
-    steps = bench_step.run(bundled_config(), 1, sizes.steps)
     tables = cpu_tables(model, layers)
     return {
         "tables": tables,
-        "measured": {
-            "memory_bandwidth": {"copy": rounded(2 * COPY_BYTES / layers["copy", ()])},
-            "step_of_one_sequence_ms": {
-                phase: rounded(row["ms"]) for phase, row in steps["results"].items()
-            },
-        },
+        "measured": {"memory_bandwidth": {"copy": rounded(2 * COPY_BYTES / layers["copy", ()])}},
         "links": {
             where: fit_link(sizes.messages, [links[where, (size,)] for size in sizes.messages])
             for where in ("node", "network")
         },
         **exchange_links(model, LAYOUT, across, ONE_NODE, inside),
-        "overheads": _overheads(steps["results"]),
         "memory_bytes": float(psutil.virtual_memory().total // ranks),
         "hardware": f"{os.cpu_count()} cores of {_processor()}, {ranks} ranks at once",
         "software": {"torch": torch.__version__, "python": platform.python_version()},
         "clocks": {"load_before": load_before, "load_after": os.getloadavg()[0]},
         "notes": (
             f"times are those of a rank while {ranks - 1} others do the same; step and layer "
-            "overheads are of a run of the bundled model with one sequence per replica"
+            "overheads are what a real step of the bundled model on 2 x 2 ranks takes beyond the "
+            "parts predicted, at one sequence per replica"
         ),
     }
 
@@ -138,16 +130,27 @@ def time_layers(groups: ParallelGroups, model: ModelConfig, sizes: Sizes) -> Tim
     """Windows of everything that a rank does by itself."""
     torch.set_num_threads(1)
     with torch.inference_mode():
-        found = {
-            case: window_means(calls, groups.world, sizes.windows)
-            for case, calls in _layer_cases(model, sizes)
-        }
-        x = torch.zeros(COPY_BYTES, dtype=torch.uint8)
-        found["copy", ()] = window_means([x.clone], groups.world, sizes.windows)
+        return _rounds(
+            sizes,
+            lambda: {
+                case: window_means(calls, groups.world, sizes.windows)
+                for case, calls in _layer_cases(model, sizes)
+            },
+        )
+
+
+def _rounds(sizes: Sizes, timed: Callable[[], Times]) -> Times:
+    """The windows of all rounds together."""
+    found: Times = {}
+    for _ in range(sizes.windows.rounds):
+        for case, windows in timed().items():
+            found.setdefault(case, []).extend(windows)
     return found
 
 
 def _layer_cases(model: ModelConfig, sizes: Sizes) -> Iterator[tuple[Case, list[Call]]]:
+    x = torch.zeros(COPY_BYTES, dtype=torch.uint8)
+    yield ("copy", ()), [x.clone]
     hidden, size = model.hidden_size, model.expert_intermediate_size
     tp_sizes = sizes.tensor_parallel_sizes
     shapes = sorted({shape for tp in tp_sizes for shape in product_shapes(model, tp)})
@@ -185,18 +188,18 @@ def _attention_cases(
 
 
 def time_links(groups: ParallelGroups, model: ModelConfig, sizes: Sizes) -> Times:
-    found = cpu_exchange.link_windows(groups, sizes.messages, sizes.windows)
-    return {
-        (where, (size,)): windows
-        for where, by_size in found.items()
-        for size, windows in zip(sizes.messages, by_size, strict=True)
-    }
+    def timed() -> Times:
+        found = cpu_exchange.link_windows(groups, sizes.messages, sizes.windows)
+        return _by_size(found, sizes.messages)
+
+    return _rounds(sizes, timed)
 
 
 def time_exchanges(groups: ParallelGroups, model: ModelConfig, sizes: Sizes) -> Times:
     """ "dispatch" and "combine", with the formats that a server has by default."""
     comms = bundled_config().comms
-    with torch.inference_mode():
+
+    def timed() -> Times:
         found = cpu_exchange.layer_windows(
             groups,
             model,
@@ -206,20 +209,17 @@ def time_exchanges(groups: ParallelGroups, model: ModelConfig, sizes: Sizes) -> 
             comms.combine,
             sizes.windows,
         )
-    return {
-        (stage, (tokens,)): windows
-        for stage, by_tokens in found.items()
-        for tokens, windows in zip(sizes.tokens, by_tokens, strict=True)
-    }
+        return _by_size(found, sizes.tokens)
+
+    with torch.inference_mode():
+        return _rounds(sizes, timed)
 
 
-def _overheads(phases: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Scheduling, broadcast and sampling once a step; what no phase covers, by layer."""
-    layers = ModelConfig.from_dir(BUNDLED).num_layers
-    step_ms = sum(phases[name]["ms"] for name in ("schedule", "broadcast", "sample"))
+def _by_size(found: Mapping[str, list[list[float]]], sizes: tuple[int, ...]) -> Times:
     return {
-        "step_s": rounded(step_ms / 1000),
-        "layer_s": rounded(max(0.0, phases["other"]["ms"]) / 1000 / layers),
+        (what, (size,)): windows
+        for what, by_size in found.items()
+        for size, windows in zip(sizes, by_size, strict=True)
     }
 
 

@@ -26,7 +26,7 @@ TINY = Sizes(
     tokens=(1, 8),
     messages=(1024, 65536),
     tensor_parallel_sizes=(2,),
-    windows=Windows(seconds=0.002, number=2),
+    windows=Windows(seconds=0.002, number=1, rounds=2),
     steps=2,
     check_sequences=(2,),
 )
