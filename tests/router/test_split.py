@@ -178,6 +178,13 @@ def test_no_loads_are_more_even(case):
         assert np.minimum(loads_R, level).sum() == most
 
 
+def test_a_token_more_than_the_mean_goes_to_ranks_that_can_have_it():
+    """18 tokens on 4 ranks, but not any two of them can have 5."""
+    layer = layer_of([0, 3, 2, 1, 2, 0, 1, 2], 4, 4)
+    loads_R = rank_loads(layer, LayerSplit(layer).by_copy(np.array([5, 5, 4, 4]))[None])
+    assert sorted(loads_R) == [4, 4, 5, 5]
+
+
 @settings(max_examples=100, deadline=None)
 @given(cases(), st.integers(0, 10**6))
 def test_with_speeds_none_are_more_even_but_for_rounding(case, seed):

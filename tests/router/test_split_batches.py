@@ -74,6 +74,20 @@ def test_division_has_all_tokens_and_reaches_the_optimum(case):
         assert sorted(rank_R) == sorted(alone_R)
 
 
+@pytest.mark.parametrize(
+    "layer", [path_layer(24, 2), ring_layer(24, 2), ring_layer(12, 1, pendant=True)]
+)
+def test_nearly_all_batches_are_divided_together(layer, monkeypatch):
+    """One by one would be right, too, but slow. Uneven loads: parts within parts, open and closed."""
+    rng = np.random.default_rng(5)
+    mean_BE = rng.lognormal(5, 1, (200, layer.num_experts))
+    alone = []
+    by_copy = LayerSplit.by_copy
+    monkeypatch.setattr(LayerSplit, "by_copy", lambda s, c: alone.append(1) or by_copy(s, c))
+    BatchSplit(layer).divide(rng.poisson(mean_BE))
+    assert len(alone) <= 4
+
+
 def test_which_graphs_are_solved_at_once():
     assert BatchSplit(path_layer(5, 2)).at_once
     assert BatchSplit(ring_layer(5)).at_once
