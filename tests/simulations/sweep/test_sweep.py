@@ -40,6 +40,11 @@ def refuse(point):
     raise ValueError(f"cannot do {point.policy}")
 
 
+def own_children() -> list[str]:
+    """Processes of a sweep; ranks that other tests keep for later are not ours."""
+    return [child.name for child in active_children() if not child.name.startswith("expertmesh-")]
+
+
 def swept(store, *, stop_after=None, num_processes=1, points=POINTS, about="a"):
     def finished(count: int) -> None:
         if count == stop_after:
@@ -89,7 +94,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path, num_processes: int) -> None:
     first = swept(PointStore(path), stop_after=5, num_processes=num_processes)
     assert first.interrupted
     assert len(first.results) == 5
-    assert not active_children()
+    assert not own_children()
     evaluated = []
 
     def counted(point):
@@ -122,14 +127,14 @@ def test_finished_points_are_of_this_study_only(tmp_path) -> None:
 def test_a_process_that_dies_is_told_and_what_was_done_is_kept() -> None:
     with pytest.raises(RuntimeError, match="a process was killed"):
         sweep(POINTS, die, store=PointStore(), about="", num_processes=2)
-    assert not active_children()
+    assert not own_children()
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_errors_of_points_come_through(num_processes: int) -> None:
     with pytest.raises(ValueError, match=r"cannot do (none|ours)"):
         sweep(POINTS, refuse, store=PointStore(), about="", num_processes=num_processes)
-    assert not active_children()
+    assert not own_children()
 
 
 def test_processes_have_one_thread_and_end_with_who_leaves_early() -> None:
@@ -137,7 +142,7 @@ def test_processes_have_one_thread_and_end_with_who_leaves_early() -> None:
     results = each_finished(threads_of_process, POINTS, 2)
     assert {result for _, result in islice(results, 3)} == {"1"}
     results.close()
-    assert not active_children()
+    assert not own_children()
     assert dict(os.environ) == before
 
 
