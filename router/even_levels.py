@@ -41,8 +41,11 @@ class EvenLevels:
                 # Other ranks than these must be the ones with a token more than the mean rounded down.
                 flow, _ = self._fill(tokens, least, [], closed)
                 flow, tight = self._fill(tokens, most, flow, closed)
-                if tight:
-                    self._divided(tight, parts, tokens, own, of_expert, of_rank)
+                if tight and not self._divided(tight, parts, tokens, own, of_expert, of_rank):
+                    # What does not fit into means rounded up is above them; each turn adds a part.
+                    raise RuntimeError(
+                        f"no part of {parts} can be divided, though {tight} are full"
+                    )
             if not tight:
                 joined = len(flow) - len(closed)
                 return flow, joined <= len(of_expert) + len(of_rank) - len(parts)
