@@ -30,7 +30,7 @@ from simulations.balance.load_shares import Workload
 from simulations.deployment import Deployment
 from simulations.hardware.calibration import Calibration
 from simulations.presets import load_model
-from simulations.sweep.processes import available_cores
+from simulations.processes import available_cores
 
 
 @dataclass(frozen=True, kw_only=True)

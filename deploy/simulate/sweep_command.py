@@ -22,9 +22,9 @@ from simulations.balance.load_shares import Workload
 from simulations.deployment import ComputeDtype
 from simulations.hardware.calibration import Calibration
 from simulations.presets import load_model
+from simulations.processes import available_cores
 from simulations.sweep.point import Study, evaluate
 from simulations.sweep.point_store import PointStore
-from simulations.sweep.processes import available_cores
 from simulations.sweep.sweep import Grid, Swept, best_points, sweep
 
 UNSAVED = Path("sweep-points.jsonl")

@@ -27,7 +27,7 @@ from simulations.balance.run import Clock, PolicyRun, run_unit
 from simulations.balance.run_record import Recorder, UnitRecord
 from simulations.balance.spec import BalanceSpec, Trace, spare_slot_each
 from simulations.cost import CostModel, StepWork
-from simulations.sweep.processes import each_finished
+from simulations.processes import each_finished
 
 __all__ = ["BalanceSpec", "Trace", "make_loads", "simulate", "spare_slot_each"]
 

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Any
 
+from simulations.processes import each_finished
 from simulations.sweep.point_store import PointStore, key_of
-from simulations.sweep.processes import each_finished
 
 Evaluate = Callable[["Point"], dict[str, Any]]
 

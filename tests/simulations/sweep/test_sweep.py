@@ -8,8 +8,8 @@ from multiprocessing import active_children
 
 import pytest
 
+from simulations.processes import each_finished
 from simulations.sweep.point_store import PointStore
-from simulations.sweep.processes import each_finished
 from simulations.sweep.sweep import Grid, sweep
 
 GRID = Grid(
