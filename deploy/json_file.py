@@ -1,9 +1,10 @@
 """What a command found, for programs."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from simulations.whole_file import write_whole
 
 
 def write_json(path: Path | None, report: dict[str, Any]) -> None:
@@ -14,9 +15,4 @@ def write_json(path: Path | None, report: dict[str, Any]) -> None:
     if path.exists() and not path.is_file():  # a pipe or /dev/stdout: nothing to exchange
         path.write_text(text, encoding="utf-8")
         return
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, text)

@@ -51,10 +51,7 @@ def read_window(
     Recorded routing is cut into batches of `batch_tokens`; `num_experts` is for such files only,
     which may not show the last experts (default: highest id + 1).
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise LoadFileError(f"{path}: {error.strerror or error}") from error
+    data = _bytes_of(path)
     name = str(path)
     if path.suffix == ".npz":
         arrays = _without_run(npz_arrays(data, name))
@@ -70,10 +67,7 @@ def read_window(
 
 def read_routing(path: Path) -> dict[str, NDArray[np.integer[Any]]]:
     """Every array of a recorded routing file, [tokens, layers, k] of expert ids each."""
-    try:
-        arrays = _without_run(npz_arrays(path.read_bytes(), str(path)))
-    except OSError as error:
-        raise LoadFileError(f"{path}: {error.strerror or error}") from error
+    arrays = _without_run(npz_arrays(_bytes_of(path), str(path)))
     _check_routing(arrays, str(path))
     return arrays
 
@@ -82,10 +76,7 @@ def read_counts(path: Path) -> NDArray[np.float64]:
     """[steps, layers, experts]: tokens of each expert, as a dump recorded them, in steps in which
     anything happened; of a load window the mean batch, as one step.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise LoadFileError(f"{path}: {error.strerror or error}") from error
+    data = _bytes_of(path)
     name = str(path)
     if path.suffix == ".npz":
         return load_window(data, name).estimate().mean_LE[None]
@@ -96,6 +87,13 @@ def read_counts(path: Path) -> NDArray[np.float64]:
     if not (counts_BLE.size and counts_BLE.min() >= 0 and counts_BLE.max() <= LARGEST):
         raise LoadFileError(f"{name}: counts must be from 0 to {LARGEST:.0e}, and not all 0")
     return counts_BLE
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LoadFileError(f"{path}: {error.strerror or error}") from error
 
 
 def expert_counts(ids_TLK: NDArray[np.integer[Any]], num_experts: int) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ A experts with a choice: copies on several ranks; an edge is one (such expert, r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,31 @@ from router.placement import IntArray, LayerPlacement, Placement
 
 _UNIT = 1 << 16  # speeds are multiples of 1/_UNIT, so that every rank rounds alike
 _TOKENS = 1 << 30  # mean loads become integers of this sum, whatever their unit was
+
+
+class Copies(NamedTuple):
+    """several_A: experts with a choice; single: all others, which have their first copy only. An edge:
+    expert (place in several_A), copy, slot."""
+
+    several_A: IntArray
+    single: IntArray
+    edge_expert: IntArray
+    edge_copy: IntArray
+    edge_slot: IntArray
+
+
+def usable_copies(layer: LayerPlacement) -> Copies:
+    """Those that tokens may go to: of an expert's copies on one rank only the first."""
+    slots_EC = layer.logical_to_physical
+    ranks_EC = np.where(slots_EC >= 0, slots_EC // layer.slots_per_rank, -1)
+    # Slots ascend, so copies on one rank are neighbours.
+    usable_EC = (ranks_EC >= 0) & (np.diff(ranks_EC, axis=1, prepend=-1) != 0)
+    choice_E = usable_EC.sum(axis=1) > 1
+    several_A = np.flatnonzero(choice_E)
+    expert, copy = np.nonzero(usable_EC[several_A])
+    return Copies(
+        several_A, np.flatnonzero(~choice_E), expert, copy, slots_EC[several_A[expert], copy]
+    )
 
 
 class LayerSplit:
@@ -43,14 +69,11 @@ class LayerSplit:
         self._speeds_R = _integer_speeds(rank_speeds, layer.num_ranks)
         self._speeds: list[int] = self._speeds_R.tolist()
         slots_EC = layer.logical_to_physical
-        ranks_EC = np.where(slots_EC >= 0, slots_EC // layer.slots_per_rank, -1)
-        # Slots ascend, so copies on one rank are neighbours.
-        usable_EC = (ranks_EC >= 0) & (np.diff(ranks_EC, axis=1, prepend=-1) != 0)
-        choice_E = usable_EC.sum(axis=1) > 1
-        self._several, self._single = np.flatnonzero(choice_E), np.flatnonzero(~choice_E)
-        self._rank_of_single = ranks_EC[self._single, 0]
-        self._edge_expert, self._edge_copy = np.nonzero(usable_EC[self._several])
-        self._edge_rank = ranks_EC[self._several[self._edge_expert], self._edge_copy]
+        self.copies = copies = usable_copies(layer)
+        self._several, self._single = copies.several_A, copies.single
+        self._rank_of_single = slots_EC[self._single, 0] // layer.slots_per_rank
+        self._edge_expert, self._edge_copy = copies.edge_expert, copies.edge_copy
+        self._edge_rank = copies.edge_slot // layer.slots_per_rank
         self._edge_node = self._edge_rank * layer.slots_per_rank // layer.slots_per_node
         alike = self._edge_node * len(self._several) + self._edge_expert
         self._edge_alike = np.bincount(alike)[alike]  # edges of one expert to one node

@@ -25,18 +25,14 @@ class BatchSplit:
     def __init__(self, layer: LayerPlacement) -> None:
         self.layer = layer
         self.one = LayerSplit(layer)
-        slots_EC = layer.logical_to_physical
-        ranks_EC = np.where(slots_EC >= 0, slots_EC // layer.slots_per_rank, -1)
-        usable_EC = (ranks_EC >= 0) & (np.diff(ranks_EC, axis=1, prepend=-1) != 0)
-        choice_E = usable_EC.sum(axis=1) > 1
-        self._several, self._single = np.flatnonzero(choice_E), np.flatnonzero(~choice_E)
-        self._single_slot = slots_EC[self._single, 0]
-        edge_expert, edge_copy = np.nonzero(usable_EC[self._several])
-        self._edge_slot = slots_EC[self._several[edge_expert], edge_copy]
+        copies = self.one.copies
+        self._several, self._single = copies.several_A, copies.single
+        self._single_slot = layer.logical_to_physical[self._single, 0]
+        self._edge_slot = copies.edge_slot
         edge_rank = self._edge_slot // layer.slots_per_rank
         try:
             self._forest: Forest | None = Forest(
-                edge_expert.tolist(), edge_rank.tolist(), num_ranks=layer.num_ranks
+                copies.edge_expert.tolist(), edge_rank.tolist(), num_ranks=layer.num_ranks
             )
         except TwoCyclesError:
             self._forest = None

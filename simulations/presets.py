@@ -46,6 +46,11 @@ def load_model(name_or_path: str) -> ModelConfig:
     )
 
 
+def shown_name(name_or_path: str) -> str:
+    """A preset as it is called, a file by its architecture; for what `load_model` accepts."""
+    return load_model(name_or_path).architecture if "/" in name_or_path else name_or_path
+
+
 def _read(file: Path) -> ModelConfig:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

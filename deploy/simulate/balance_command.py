@@ -29,7 +29,7 @@ from simulations.balance.load_balance import (
 from simulations.balance.load_shares import Workload
 from simulations.deployment import Deployment
 from simulations.hardware.calibration import Calibration
-from simulations.presets import load_model
+from simulations.presets import load_model, shown_name
 from simulations.processes import available_cores
 
 
@@ -123,7 +123,7 @@ def balance_spec(options: Options) -> BalanceSpec:
         )
     }
     return BalanceSpec(
-        model_name=options.preset if "/" not in options.preset else model.architecture,
+        model_name=shown_name(options.preset),
         deployment=Deployment(
             model=model,
             topology=topology,

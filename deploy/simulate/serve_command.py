@@ -23,7 +23,7 @@ from simulations.balance.load_shares import Workload
 from simulations.cost import CostModel
 from simulations.deployment import Deployment
 from simulations.hardware.calibration import Calibration
-from simulations.presets import load_model
+from simulations.presets import load_model, shown_name
 from simulations.serving.arrivals import (
     BURSTINESS,
     Arrival,
@@ -257,7 +257,7 @@ def _served(options: Options) -> Served:
         max_model_len=options.max_model_len,
         max_num_queued_reqs=options.max_num_queued_reqs,
         seed=options.seed,
-        model_name="" if "/" in options.preset else options.preset,
+        model_name=shown_name(options.preset),
     )
 
 

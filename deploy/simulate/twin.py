@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -86,6 +85,7 @@ def record_command(
     from comms.launch import RankError
     from deploy.settings import load_config
     from simulations.twin.record import record
+    from simulations.whole_file import write_whole
 
     console = Console(stderr=True)
     if not out.parent.is_dir():
@@ -111,9 +111,7 @@ def record_command(
     except KeyboardInterrupt:
         print("stopped; nothing is written", file=sys.stderr)
         return 130
-    beside = out.with_name(f"{out.name}.part")
-    beside.write_bytes(recording.to_bytes())
-    os.replace(beside, out)
+    write_whole(out, recording.to_bytes())
     print(
         f"{out}: {recording.num_steps} steps, {len(recording.arrays['routing'])} tokens, "
         f"{sum(len(r.rows) for r in recording.rebalances)} layers changed in "

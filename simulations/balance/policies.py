@@ -25,7 +25,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cluster.rebalance_draft import Draft, draft
+from cluster.rebalance_draft import Draft, draft, worthwhile
 from comms.topology import Topology
 from router.load import ExpertLoad, LoadWindow
 from router.placement import IntArray, Placement
@@ -215,20 +215,12 @@ class Ours:
     def _begin(self, drafted: Draft, load: ExpertLoad, step: int, now_s: float) -> None:
         """Start with what pays, as `Rebalancer` does."""
         present, options = self.placement, self._policy.options
-        rows = dict(drafted.rows)
+        moves_of = {effect.layer: effect.moves for effect in drafted.effects}
         moves = 0
-        for effect in sorted(drafted.effects, key=lambda e: (-e.imbalance_before, e.layer)):
-            if effect.layer in rows and self._policy.pays(
-                effect.imbalance_before,
-                effect.imbalance_after,
-                effect.moves,
-                present.num_layers,
-                present.num_ranks,
-            ):
-                row_S = rows[effect.layer]
-                seconds = transfer_seconds(present, effect.layer, row_S, options)
-                self._coming.append((effect.layer, row_S, seconds))
-                moves += effect.moves
+        for layer, row_S in worthwhile(drafted, self._policy, present).rows:
+            seconds = transfer_seconds(present, layer, row_S, options)
+            self._coming.append((layer, row_S, seconds))
+            moves += moves_of[layer]
         if self._coming:
             self.load_LE = load.mean_LE
             self._next_s = now_s + self._coming[0][2]

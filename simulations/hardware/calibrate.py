@@ -7,7 +7,6 @@ calibration of published figures, and the file says so.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from simulations.hardware.cpu_tables import core_tables
 from simulations.hardware.fidelity import fidelity
 from simulations.hardware.fit import fit_link, rounded
 from simulations.presets import load_model
+from simulations.whole_file import write_whole
 
 Say = Callable[[str], None]
 
@@ -118,12 +118,7 @@ def write(path: Path, values: Mapping[str, Any]) -> Calibration:
     text = json.dumps(values, indent=1)
     text = re.sub(r"\[[^\[\]{}]*\]", _on_one_line, text) + "\n"
     calibration = Calibration.from_json(text, str(path))
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, text)
     return calibration
 
 

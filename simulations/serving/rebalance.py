@@ -18,6 +18,7 @@ from cluster.rebalance_draft import draft, worthwhile
 from router.load import LoadWindow
 from router.placement import IntArray, Placement
 from router.policy import Policy, PolicyOptions
+from simulations.balance.expert_moves import arrivals
 from simulations.deployment import Deployment
 from simulations.eplb import eplb
 from simulations.hardware.calibration import Calibration
@@ -174,5 +175,5 @@ class Eplb:
 
 def _received(after: Placement, before: Placement) -> NDArray[np.int64]:
     """[R]: experts that each rank must get."""
-    ranks = [move.slot // after.slots_per_rank for move in after.moves_from(before)]
-    return np.bincount(np.array(ranks, dtype=np.int64), minlength=after.num_ranks)
+    rows = after.physical_to_logical, before.physical_to_logical
+    return np.asarray(arrivals(*rows, after.slots_per_rank).sum(axis=0))
