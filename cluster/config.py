@@ -150,6 +150,8 @@ class CacheConfig(Section):
     num_blocks: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
     """Blocks per rank. None: as many as fit into memory_gib."""
     memory_gib: Annotated[float, Field(gt=0, le=4096)] = 0.25
+    enable_prefix_caching: bool = True
+    """Keep computed blocks of prompts and completions for requests that begin with the same tokens."""
 
 
 class SchedulerConfig(Section):
@@ -159,6 +161,10 @@ class SchedulerConfig(Section):
     max_num_batched_tokens: Count = 512
     max_num_queued_reqs: Count = 256
     """Requests waiting and running, all replicas together; one more is RESOURCE_EXHAUSTED."""
+    max_num_queued_tokens: Annotated[int, Field(ge=1, le=1 << 32)] | None = None
+    """Prompt tokens of these requests, all replicas together. None: no limit of their own."""
+    async_scheduling: bool = True
+    """Plan the next step while the model computes this one."""
 
     @model_validator(mode="after")
     def _a_step_holds_one_token_of_every_sequence(self) -> Self:
@@ -171,14 +177,20 @@ class SchedulerConfig(Section):
 
 
 class ServerConfig(Section):
-    """The gRPC front end and its limits."""
+    """The front ends, gRPC and HTTP, and their limits.
+
+    Beyond loopback they listen only with TLS and a token.
+    """
 
     host: Annotated[str, Field(min_length=1, max_length=255)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 50_051
-    """0: any free port; `GrpcServer.start` returns it."""
+    """Of gRPC. 0: any free port."""
+    http_port: Annotated[int, Field(ge=0, le=65_535)] | None = None
+    """Of the OpenAI-compatible HTTP front end, /metrics and the live page (extra: http). 0: any free
+    port. None: no HTTP."""
     max_message_mib: Annotated[int, Field(ge=1, le=256)] = 4
     max_metadata_kib: Annotated[int, Field(ge=1, le=1024)] = 16
-    max_concurrent_rpcs: Count = 1024
+    max_concurrent_rpcs: Count = 4096
     default_max_tokens: Count = 256
     """For requests that do not set max_tokens."""
     max_stop_strings: Annotated[int, Field(ge=0, le=256)] = 16
@@ -191,8 +203,49 @@ class ServerConfig(Section):
     retry_after_s: Seconds = 1.0
     """What RetryInfo tells a client whose request found the queue full."""
     drain_timeout_s: Seconds = 30.0
+    token_file: str | None = None
+    """File with the tokens, one a line, of which every call needs one. None: no call needs any."""
     admin_token_file: str | None = None
     """File with the token that admin calls need. None: they are for loopback clients only."""
+    tls_cert_file: str | None = None
+    """PEM chain of the server's certificate. None: no TLS."""
+    tls_key_file: str | None = None
+    """PEM key that belongs to tls_cert_file."""
+    tls_client_ca_file: str | None = None
+    """PEM certificates of the authorities whose clients are let in (mTLS). None: all clients."""
+    max_choices: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Completions that one request may ask for (`n`)."""
+    max_logprobs: Annotated[int, Field(ge=0, le=1024)] = 20
+    """Alternatives for each token that one request may ask for."""
+
+
+class PresetConfig(Section):
+    """A task: what chat requests that name it begin with, and how their tokens are chosen."""
+
+    system: Annotated[str, Field(min_length=1, max_length=65_536)]
+    """The system message, put before the request's own messages if they have none."""
+    sampling: dict[str, Any] = {}
+    """Defaults of SamplingParams for requests that do not set them."""
+
+
+class ChatConfig(Section):
+    """How messages of a chat become a prompt."""
+
+    template: str | None = None
+    """File with a jinja2 template. None: the one in the checkpoint."""
+    presets: dict[str, PresetConfig] = {}
+    """Tasks by name, besides the built-in ones; a name of those takes its place."""
+
+
+class ObservabilityConfig(Section):
+    """What the cluster tells of itself, besides /metrics."""
+
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_requests: bool = False
+    """One line for each request that ends: its id, tokens and times. Never its text."""
+    otlp_traces_endpoint: str | None = None
+    """Where OpenTelemetry spans of requests go (OTLP over gRPC, extra: otel). None: nowhere."""
 
 
 class RayConfig(Section):
@@ -222,6 +275,8 @@ class ServeConfig(Section):
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerConfig = ServerConfig()
+    chat: ChatConfig = ChatConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")

@@ -7,9 +7,39 @@ from typing import Literal, NamedTuple
 from cluster.engine.plan import block_table
 from cluster.engine.sampling_params import SamplingParams
 
-__all__ = ["FinishReason", "SamplingParams", "Sequence", "TokenEvent"]
+__all__ = [
+    "FinishReason",
+    "RoutedExperts",
+    "SamplingParams",
+    "Sequence",
+    "TokenEvent",
+    "TokenLogprob",
+]
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class TokenLogprob(NamedTuple):
+    """Natural logarithms of the model's own probabilities: before penalties, temperature and filters."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 is the likeliest token."""
+    top_ids: tuple[int, ...] = ()
+    """The likeliest tokens, in order; of equals the lower id first."""
+    top_logprobs: tuple[float, ...] = ()
+
+
+class RoutedExperts(NamedTuple):
+    """Experts of consecutive tokens, in all expert layers."""
+
+    start: int
+    """Position of the first token in its sequence."""
+    num_layers: int
+    experts_per_token: int
+    ids: bytes
+    """Little-endian 16-bit integers [tokens, layers, experts_per_token]."""
 
 
 class TokenEvent(NamedTuple):
@@ -22,6 +52,16 @@ class TokenEvent(NamedTuple):
     stop_token_id: int | None = None
     """Equal to `token_id` when that token ended the request: it counts, but is not shown."""
     error: str | None = None
+    logprob: TokenLogprob | None = None
+    """Of `token_id`, if asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of prompt tokens computed in this step, if asked for; all of them have come with the first token."""
+    routed_experts: tuple[RoutedExperts, ...] = ()
+    """Of tokens computed in this step, if asked for."""
+    cached_tokens: int | None = None
+    """With the first token: how many of the prompt were found in the cache."""
+    queue_ms: float | None = None
+    """With the first token: from arrival at the engine until it was first scheduled."""
 
 
 class Sequence:

@@ -25,6 +25,7 @@ from cluster.server.leaders import LeaderLinks, Replica
 from cluster.server.least_loaded import least_loaded
 from cluster.server.readiness import Readiness
 from cluster.server.request import (
+    Chat,
     Chunk,
     Finish,
     FinishReason,
@@ -194,6 +195,7 @@ class Gateway:
                 prompt_ids = await self.tokenize(request.prompt)
                 check_prompt_length(len(prompt_ids), self.model)
             else:
+                assert not isinstance(request.prompt, Chat), "refused by check_request"
                 prompt_ids = list(request.prompt or ())
             if "seed" not in request.sampling:
                 params = replace(params, seed=self._seeds.getrandbits(63))

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from cluster.engine.sequence import RoutedExperts, TokenLogprob
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
@@ -30,14 +32,38 @@ class ModelInfo:
 class GenerationRequest:
     """One request as the client made it, not yet checked; None means the default."""
 
-    prompt: str | Sequence[int] | None
+    prompt: "str | Sequence[int] | Chat | None"
     request_id: str | None = None
     model: str | None = None
     replica: int | None = None
     deadline_s: float | None = None
     """Seconds from now after which the client does not want the answer any more."""
     sampling: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of SamplingParams that the client set; the others take their defaults."""
+    """Fields of SamplingParams that the client set; the others take their defaults. `bad_words` are texts
+    here, and token ids once the gateway has tokenized them."""
+    n: int = 1
+    """Completions; choice i draws its tokens with seed + i."""
+    priority: int = 0
+    """Lower goes first."""
+    cache_salt: str = ""
+    return_routed_experts: bool = False
+    traceparent: str | None = None
+    """W3C trace context that the client sent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatMessage:
+    role: str
+    content: str
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A prompt that a template makes of messages; `preset` names a task of the configuration."""
+
+    messages: tuple[ChatMessage, ...]
+    preset: str | None = None
 
 
 class FinishReason(StrEnum):
@@ -65,6 +91,8 @@ class PromptInfo:
     seed: int
     replica: int
     max_tokens: int
+    text: str | None = None
+    """Of chat requests: what the template made of the messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +101,23 @@ class Usage:
     completion_tokens: int
     ttft_ms: float
     total_ms: float
+    cached_tokens: int = 0
+    queue_ms: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """A piece of a completion: the first has `prompt`, the last `finish` and `usage`."""
+    """A piece of a completion: the first has `prompt`, the last of each choice its `finish`, the very last
+    `usage`."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     prompt: PromptInfo | None = None
     finish: Finish | None = None
     usage: Usage | None = None
+    index: int = 0
+    """Of the choice, where a request has several."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of `token_ids`, if asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    routed_experts: tuple[RoutedExperts, ...] = ()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from cluster.config import ServerConfig
 from cluster.engine.sampling_params import SamplingParams
 from cluster.server.errors import Code, RequestError, invalid
-from cluster.server.request import GenerationRequest, ModelInfo
+from cluster.server.request import Chat, GenerationRequest, ModelInfo
 
 MAX_REQUEST_ID_CHARS = 256
 
@@ -24,6 +24,8 @@ def check_request(
         raise invalid("request_id", request_id, f"1 to {MAX_REQUEST_ID_CHARS} characters long")
     if request.replica is not None and not 0 <= request.replica < num_replicas:
         raise invalid("data_parallel_rank", request.replica, f"in [0, {num_replicas - 1}]")
+    if isinstance(request.prompt, Chat):
+        raise RequestError(Code.UNIMPLEMENTED, "chat messages are not implemented yet")
     _check_prompt(request.prompt, model)
     try:
         params = SamplingParams.from_dict(request.sampling)

@@ -98,9 +98,9 @@ def parse_step(frame: bytes) -> StepFrame:
 
 
 def _parse_event(event: Any) -> Event:
-    if not isinstance(event, list) or len(event) != 5:
-        raise WireError(f"an event is not a list of 5: {event!r:.100}")
-    request_id, token_id, finish_reason, stop_token_id, error = event
+    if not isinstance(event, list) or len(event) not in (5, 10):
+        raise WireError(f"an event is not a list of 10: {event!r:.100}")
+    request_id, token_id, finish_reason, stop_token_id, error = event[:5]
     if not isinstance(request_id, str):
         raise WireError(f"request_id is not a string: {request_id!r:.100}")
     for name, text in (("finish_reason", finish_reason), ("error", error)):

@@ -11,7 +11,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "model", "ready", "draining", "num_nodes", "ranks_per_node", "tensor_parallel_size", "num_replicas", "uptime_s", "rebalancing")
+    __slots__ = ("version", "model", "ready", "draining", "num_nodes", "ranks_per_node", "tensor_parallel_size", "num_replicas", "uptime_s", "rebalancing", "presets")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class GetServerInfoResponse(_message.Message):
     NUM_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     REBALANCING_FIELD_NUMBER: _ClassVar[int]
+    PRESETS_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     ready: bool
@@ -32,7 +33,8 @@ class GetServerInfoResponse(_message.Message):
     num_replicas: int
     uptime_s: float
     rebalancing: str
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., num_nodes: _Optional[int] = ..., ranks_per_node: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., num_replicas: _Optional[int] = ..., uptime_s: _Optional[float] = ..., rebalancing: _Optional[str] = ...) -> None: ...
+    presets: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., num_nodes: _Optional[int] = ..., ranks_per_node: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., num_replicas: _Optional[int] = ..., uptime_s: _Optional[float] = ..., rebalancing: _Optional[str] = ..., presets: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ()
@@ -67,7 +69,7 @@ class GetLoadsResponse(_message.Message):
     def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaLoad, _Mapping[str, object]]]] = ...) -> None: ...
 
 class ReplicaLoad(_message.Message):
-    __slots__ = ("replica", "in_flight", "running", "waiting", "kv_usage", "step", "last_heard_s")
+    __slots__ = ("replica", "in_flight", "running", "waiting", "kv_usage", "step", "last_heard_s", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "preemptions", "prefix_queries", "prefix_hits")
     REPLICA_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +77,12 @@ class ReplicaLoad(_message.Message):
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     LAST_HEARD_S_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
     replica: int
     in_flight: int
     running: int
@@ -82,7 +90,13 @@ class ReplicaLoad(_message.Message):
     kv_usage: float
     step: int
     last_heard_s: float
-    def __init__(self, replica: _Optional[int] = ..., in_flight: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., step: _Optional[int] = ..., last_heard_s: _Optional[float] = ...) -> None: ...
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    def __init__(self, replica: _Optional[int] = ..., in_flight: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., step: _Optional[int] = ..., last_heard_s: _Optional[float] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., preemptions: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)
@@ -267,6 +281,30 @@ class DumpExpertStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DumpExpertStatsChunk(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class FlushCacheRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FlushCacheResponse(_message.Message):
+    __slots__ = ("num_replicas",)
+    NUM_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    num_replicas: int
+    def __init__(self, num_replicas: _Optional[int] = ...) -> None: ...
+
+class TraceStepsRequest(_message.Message):
+    __slots__ = ("num_steps", "timeout_s")
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    num_steps: int
+    timeout_s: float
+    def __init__(self, num_steps: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class TraceStepsChunk(_message.Message):
     __slots__ = ("data",)
     DATA_FIELD_NUMBER: _ClassVar[int]
     data: bytes

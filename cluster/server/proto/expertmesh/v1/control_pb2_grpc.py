@@ -79,6 +79,16 @@ class ControlStub:
                 request_serializer=expertmesh_dot_v1_dot_control__pb2.DumpExpertStatsRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_control__pb2.DumpExpertStatsChunk.FromString,
                 _registered_method=True)
+        self.FlushCache = channel.unary_unary(
+                '/expertmesh.v1.Control/FlushCache',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.FlushCacheRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.FlushCacheResponse.FromString,
+                _registered_method=True)
+        self.TraceSteps = channel.unary_stream(
+                '/expertmesh.v1.Control/TraceSteps',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.TraceStepsRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.TraceStepsChunk.FromString,
+                _registered_method=True)
 
 
 class ControlServicer:
@@ -144,6 +154,20 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FlushCache(self, request, context):
+        """Admin: forgets all cached prompts that no request uses.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TraceSteps(self, request, context):
+        """Admin: what every rank does in the next steps, as a JSON file for Perfetto, in chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -191,6 +215,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.DumpExpertStats,
                     request_deserializer=expertmesh_dot_v1_dot_control__pb2.DumpExpertStatsRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_control__pb2.DumpExpertStatsChunk.SerializeToString,
+            ),
+            'FlushCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.FlushCache,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.FlushCacheRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.FlushCacheResponse.SerializeToString,
+            ),
+            'TraceSteps': grpc.unary_stream_rpc_method_handler(
+                    servicer.TraceSteps,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.TraceStepsRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.TraceStepsChunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -436,6 +470,60 @@ class Control:
             '/expertmesh.v1.Control/DumpExpertStats',
             expertmesh_dot_v1_dot_control__pb2.DumpExpertStatsRequest.SerializeToString,
             expertmesh_dot_v1_dot_control__pb2.DumpExpertStatsChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FlushCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Control/FlushCache',
+            expertmesh_dot_v1_dot_control__pb2.FlushCacheRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.FlushCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TraceSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/expertmesh.v1.Control/TraceSteps',
+            expertmesh_dot_v1_dot_control__pb2.TraceStepsRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.TraceStepsChunk.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,6 +18,8 @@ class ControlStub:
     GetBalance: grpc.UnaryUnaryMultiCallable[pb.GetBalanceRequest, pb.GetBalanceResponse]
     Rebalance: grpc.UnaryUnaryMultiCallable[pb.RebalanceRequest, pb.RebalanceResponse]
     DumpExpertStats: grpc.UnaryStreamMultiCallable[pb.DumpExpertStatsRequest, pb.DumpExpertStatsChunk]
+    FlushCache: grpc.UnaryUnaryMultiCallable[pb.FlushCacheRequest, pb.FlushCacheResponse]
+    TraceSteps: grpc.UnaryStreamMultiCallable[pb.TraceStepsRequest, pb.TraceStepsChunk]
 
 # What the class above is on a grpc.aio channel; for type checkers only.
 class ControlAsyncStub:
@@ -30,6 +32,8 @@ class ControlAsyncStub:
     GetBalance: grpc.aio.UnaryUnaryMultiCallable[pb.GetBalanceRequest, pb.GetBalanceResponse]
     Rebalance: grpc.aio.UnaryUnaryMultiCallable[pb.RebalanceRequest, pb.RebalanceResponse]
     DumpExpertStats: grpc.aio.UnaryStreamMultiCallable[pb.DumpExpertStatsRequest, pb.DumpExpertStatsChunk]
+    FlushCache: grpc.aio.UnaryUnaryMultiCallable[pb.FlushCacheRequest, pb.FlushCacheResponse]
+    TraceSteps: grpc.aio.UnaryStreamMultiCallable[pb.TraceStepsRequest, pb.TraceStepsChunk]
 
 class ControlServicer:
     async def GetServerInfo(
@@ -59,6 +63,12 @@ class ControlServicer:
     def DumpExpertStats(
         self, request: pb.DumpExpertStatsRequest, context: grpc.aio.ServicerContext[pb.DumpExpertStatsRequest, pb.DumpExpertStatsChunk]
     ) -> AsyncIterator[pb.DumpExpertStatsChunk]: ...
+    async def FlushCache(
+        self, request: pb.FlushCacheRequest, context: grpc.aio.ServicerContext[pb.FlushCacheRequest, pb.FlushCacheResponse]
+    ) -> pb.FlushCacheResponse: ...
+    def TraceSteps(
+        self, request: pb.TraceStepsRequest, context: grpc.aio.ServicerContext[pb.TraceStepsRequest, pb.TraceStepsChunk]
+    ) -> AsyncIterator[pb.TraceStepsChunk]: ...
 
 def add_ControlServicer_to_server(
     servicer: ControlServicer, server: grpc.aio.Server

@@ -24,35 +24,53 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertmesh/v1/inference.proto\x12\rexpertmesh.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa6\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eos\"\x88\x02\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tH\x02\x88\x01\x01\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.TokenIdsH\x00\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.expertmesh.v1.SamplingParams\x12\x1f\n\x12\x64\x61ta_parallel_rank\x18\x08 \x01(\rH\x03\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_request_idB\x08\n\x06_modelB\x15\n\x13_data_parallel_rank\"r\n\nPromptInfo\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x1a\n\x12\x64\x61ta_parallel_rank\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\"\xd7\x01\n\nFinishInfo\x12\x30\n\x06reason\x18\x01 \x01(\x0e\x32 .expertmesh.v1.FinishInfo.Reason\x12\x17\n\rstop_token_id\x18\x02 \x01(\rH\x00\x12\x16\n\x0c\x65os_token_id\x18\x03 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x04 \x01(\tH\x00\"A\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\t\n\x05\x41\x42ORT\x10\x03\x42\x0c\n\nstopped_by\"\\\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x0f\n\x07ttft_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\"\xae\x01\n\x10GenerateResponse\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x19.expertmesh.v1.PromptInfo\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x19.expertmesh.v1.FinishInfo\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x14.expertmesh.v1.Usage\"\xab\x01\n\rGenerateChunk\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x19.expertmesh.v1.PromptInfo\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x19.expertmesh.v1.FinishInfo\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x14.expertmesh.v1.Usage\"u\n\x0fTokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06_modelB\x15\n\x13_add_special_tokens\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r2\xf7\x01\n\tInference\x12K\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1f.expertmesh.v1.GenerateResponse\x12P\n\x0eGenerateStream\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1c.expertmesh.v1.GenerateChunk0\x01\x12K\n\x08Tokenize\x12\x1e.expertmesh.v1.TokenizeRequest\x1a\x1f.expertmesh.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertmesh/v1/inference.proto\x12\rexpertmesh.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb5\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12\x17\n\nmin_tokens\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\n\x88\x01\x01\x12@\n\nlogit_bias\x18\x0e \x03(\x0b\x32,.expertmesh.v1.SamplingParams.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x0f \x03(\r\x12\x11\n\tbad_words\x18\x10 \x03(\t\x12 \n\x13include_stop_string\x18\x11 \x01(\x08H\x0b\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x12 \x01(\x08H\x0c\x88\x01\x01\x12-\n\nconstraint\x18\x13 \x01(\x0b\x32\x19.expertmesh.v1.Constraint\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\x15\n\x13_repetition_penaltyB\x16\n\x14_include_stop_stringB\x16\n\x14_skip_special_tokens\"z\n\nConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x03 \x01(\tH\x00\x12)\n\x07\x63hoices\x18\x04 \x01(\x0b\x32\x16.expertmesh.v1.ChoicesH\x00\x42\x06\n\x04kind\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"H\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x11\n\x04name\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"\\\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.expertmesh.v1.ChatMessage\x12\x13\n\x06preset\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_preset\"\xaf\x04\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tH\x02\x88\x01\x01\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.TokenIdsH\x00\x12/\n\x08messages\x18\x05 \x01(\x0b\x32\x1b.expertmesh.v1.ChatMessagesH\x00\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.expertmesh.v1.SamplingParams\x12\x15\n\x08priority\x18\x07 \x01(\x05H\x03\x88\x01\x01\x12\x1f\n\x12\x64\x61ta_parallel_rank\x18\x08 \x01(\rH\x04\x88\x01\x01\x12\x15\n\x08logprobs\x18\t \x01(\rH\x05\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\n \x01(\rH\x06\x88\x01\x01\x12\"\n\x15return_routed_experts\x18\x0b \x01(\x08H\x07\x88\x01\x01\x12\x17\n\ncache_salt\x18\x0c \x01(\tH\x08\x88\x01\x01\x12\x0e\n\x01n\x18\r \x01(\rH\t\x88\x01\x01\x42\x08\n\x06promptB\r\n\x0b_request_idB\x08\n\x06_modelB\x0b\n\t_priorityB\x15\n\x13_data_parallel_rankB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x18\n\x16_return_routed_expertsB\r\n\x0b_cache_saltB\x04\n\x02_n\"f\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0f\n\x07top_ids\x18\x04 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x05 \x03(\x01\"Z\n\rRoutedExperts\x12\r\n\x05start\x18\x01 \x01(\r\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x19\n\x11\x65xperts_per_token\x18\x03 \x01(\r\x12\x0b\n\x03ids\x18\x04 \x01(\x0c\"\x8e\x01\n\nPromptInfo\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x1a\n\x12\x64\x61ta_parallel_rank\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x11\n\x04text\x18\x06 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_text\"\xd7\x01\n\nFinishInfo\x12\x30\n\x06reason\x18\x01 \x01(\x0e\x32 .expertmesh.v1.FinishInfo.Reason\x12\x17\n\rstop_token_id\x18\x02 \x01(\rH\x00\x12\x16\n\x0c\x65os_token_id\x18\x03 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x04 \x01(\tH\x00\"A\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\t\n\x05\x41\x42ORT\x10\x03\x42\x0c\n\nstopped_by\"\x85\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x0f\n\x07ttft_ms\x18\x03 \x01(\x01\x12\x10\n\x08total_ms\x18\x04 \x01(\x01\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12\x10\n\x08queue_ms\x18\x06 \x01(\x01\"\xf6\x02\n\x10GenerateResponse\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x19.expertmesh.v1.PromptInfo\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x19.expertmesh.v1.FinishInfo\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x14.expertmesh.v1.Usage\x12-\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x34\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x34\n\x0erouted_experts\x18\x08 \x03(\x0b\x32\x1c.expertmesh.v1.RoutedExperts\x12+\n\x0cmore_choices\x18\t \x03(\x0b\x32\x15.expertmesh.v1.Choice\"\xc8\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x19.expertmesh.v1.FinishInfo\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x34\n\x0erouted_experts\x18\x06 \x03(\x0b\x32\x1c.expertmesh.v1.RoutedExperts\"\xd5\x02\n\rGenerateChunk\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x19.expertmesh.v1.PromptInfo\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x19.expertmesh.v1.FinishInfo\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x14.expertmesh.v1.Usage\x12\r\n\x05index\x18\x06 \x01(\r\x12-\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x34\n\x0fprompt_logprobs\x18\x08 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x34\n\x0erouted_experts\x18\t \x03(\x0b\x32\x1c.expertmesh.v1.RoutedExperts\"\xa4\x01\n\x0fTokenizeRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12-\n\x08messages\x18\x04 \x01(\x0b\x32\x1b.expertmesh.v1.ChatMessagesB\x08\n\x06_modelB\x15\n\x13_add_special_tokens\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r2\xf7\x01\n\tInference\x12K\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1f.expertmesh.v1.GenerateResponse\x12P\n\x0eGenerateStream\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1c.expertmesh.v1.GenerateChunk0\x01\x12K\n\x08Tokenize\x12\x1e.expertmesh.v1.TokenizeRequest\x1a\x1f.expertmesh.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_TOKENIDS']._serialized_start=48
   _globals['_TOKENIDS']._serialized_end=71
   _globals['_SAMPLINGPARAMS']._serialized_start=74
-  _globals['_SAMPLINGPARAMS']._serialized_end=368
-  _globals['_GENERATEREQUEST']._serialized_start=371
-  _globals['_GENERATEREQUEST']._serialized_end=635
-  _globals['_PROMPTINFO']._serialized_start=637
-  _globals['_PROMPTINFO']._serialized_end=751
-  _globals['_FINISHINFO']._serialized_start=754
-  _globals['_FINISHINFO']._serialized_end=969
-  _globals['_FINISHINFO_REASON']._serialized_start=890
-  _globals['_FINISHINFO_REASON']._serialized_end=955
-  _globals['_USAGE']._serialized_start=971
-  _globals['_USAGE']._serialized_end=1063
-  _globals['_GENERATERESPONSE']._serialized_start=1066
-  _globals['_GENERATERESPONSE']._serialized_end=1240
-  _globals['_GENERATECHUNK']._serialized_start=1243
-  _globals['_GENERATECHUNK']._serialized_end=1414
-  _globals['_TOKENIZEREQUEST']._serialized_start=1416
-  _globals['_TOKENIZEREQUEST']._serialized_end=1533
-  _globals['_TOKENIZERESPONSE']._serialized_start=1535
-  _globals['_TOKENIZERESPONSE']._serialized_end=1572
-  _globals['_INFERENCE']._serialized_start=1575
-  _globals['_INFERENCE']._serialized_end=1822
+  _globals['_SAMPLINGPARAMS']._serialized_end=895
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=633
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=681
+  _globals['_CONSTRAINT']._serialized_start=897
+  _globals['_CONSTRAINT']._serialized_end=1019
+  _globals['_CHOICES']._serialized_start=1021
+  _globals['_CHOICES']._serialized_end=1045
+  _globals['_CHATMESSAGE']._serialized_start=1047
+  _globals['_CHATMESSAGE']._serialized_end=1119
+  _globals['_CHATMESSAGES']._serialized_start=1121
+  _globals['_CHATMESSAGES']._serialized_end=1213
+  _globals['_GENERATEREQUEST']._serialized_start=1216
+  _globals['_GENERATEREQUEST']._serialized_end=1775
+  _globals['_TOKENLOGPROB']._serialized_start=1777
+  _globals['_TOKENLOGPROB']._serialized_end=1879
+  _globals['_ROUTEDEXPERTS']._serialized_start=1881
+  _globals['_ROUTEDEXPERTS']._serialized_end=1971
+  _globals['_PROMPTINFO']._serialized_start=1974
+  _globals['_PROMPTINFO']._serialized_end=2116
+  _globals['_FINISHINFO']._serialized_start=2119
+  _globals['_FINISHINFO']._serialized_end=2334
+  _globals['_FINISHINFO_REASON']._serialized_start=2255
+  _globals['_FINISHINFO_REASON']._serialized_end=2320
+  _globals['_USAGE']._serialized_start=2337
+  _globals['_USAGE']._serialized_end=2470
+  _globals['_GENERATERESPONSE']._serialized_start=2473
+  _globals['_GENERATERESPONSE']._serialized_end=2847
+  _globals['_CHOICE']._serialized_start=2850
+  _globals['_CHOICE']._serialized_end=3050
+  _globals['_GENERATECHUNK']._serialized_start=3053
+  _globals['_GENERATECHUNK']._serialized_end=3394
+  _globals['_TOKENIZEREQUEST']._serialized_start=3397
+  _globals['_TOKENIZEREQUEST']._serialized_end=3561
+  _globals['_TOKENIZERESPONSE']._serialized_start=3563
+  _globals['_TOKENIZERESPONSE']._serialized_end=3600
+  _globals['_INFERENCE']._serialized_start=3603
+  _globals['_INFERENCE']._serialized_end=3850
 # @@protoc_insertion_point(module_scope)
