@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format proto clean
+.PHONY: demo test check format proto docs clean
 
 demo: $(VENV)/.run
 	$(BIN)/expertmesh demo
@@ -19,6 +19,7 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	$(BIN)/python -m cluster.server.proto.generate --check
+	$(BIN)/python -m deploy.config_reference --check
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -26,6 +27,9 @@ format: $(VENV)/.dev
 
 proto: $(VENV)/.dev
 	$(BIN)/python -m cluster.server.proto.generate
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m deploy.config_reference
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

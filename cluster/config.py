@@ -8,7 +8,7 @@ misspelt key is answered with the nearest one. Option names follow what vLLM use
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -32,7 +32,12 @@ class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, no silent conversion of types."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
 
@@ -40,7 +45,9 @@ class ParallelConfig(Section):
     """Nodes, ranks per node, and how many consecutive ranks of a node share one attention."""
 
     num_nodes: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Machines, or logical nodes that share one."""
     ranks_per_node: Annotated[int, Field(ge=1, le=256)] = 1
+    """Processes of each node, one a device."""
     tensor_parallel_size: Annotated[int, Field(ge=1, le=256)] | None = None
     """Ranks of one TP group, which is one DP replica. None: all ranks of a node."""
 
@@ -79,6 +86,8 @@ class CommsConfig(Section):
     """How tokens travel between ranks."""
 
     all2all_backend: Literal["hierarchical", "low_latency", "flat"] = "hierarchical"
+    """hierarchical: one copy of a token to each node, then to its ranks. low_latency: fixed capacity in one
+    exchange, for decoding. flat: every rank to every rank."""
     node_backend: Literal["shm", "gloo"] = "shm"
     """Inside a node: shared memory, or (gloo) the same as between nodes."""
     inter_node_backend: Literal["tcp", "gloo"] = "tcp"
@@ -93,12 +102,14 @@ class CommsConfig(Section):
     combine_dtype: WireDtype = "bfloat16"
     """What carries the sums of combine node: any of the names of dispatch_dtype."""
     timeout_s: Seconds = 60.0
+    """How long a rank waits for another before the step fails, naming both."""
 
 
 class ExpertsConfig(Section):
     """Physical copies of experts."""
 
     num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 16)] = 0
+    """Slots beyond one for each expert, over all ranks, for second copies of busy experts."""
     split: SplitMode = "auto"
     """How tokens divide over an expert's copies. static: by the rank they come from. balanced: so
     that ranks end up as even as each batch allows. activated: so that they end up with alike many
@@ -112,6 +123,7 @@ class EplbConfig(Section):
     themselves only if `enabled`, and otherwise when an admin asks for it."""
 
     enabled: bool = False
+    """Whether experts move by themselves."""
     interval_s: Seconds = 1.0
     """Between two looks at the load of the experts."""
     window_size: Count = 64
@@ -150,6 +162,7 @@ class CacheConfig(Section):
     num_blocks: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
     """Blocks per rank. None: as many as fit into memory_gib."""
     memory_gib: Annotated[float, Field(gt=0, le=4096)] = 0.25
+    """Of the cache of each rank, unless num_blocks is given."""
     enable_prefix_caching: bool = True
     """Keep computed blocks of prompts and completions for requests that begin with the same tokens."""
 
@@ -158,7 +171,9 @@ class SchedulerConfig(Section):
     """Limits of one DP replica's steps, and of the whole front end's queue."""
 
     max_num_seqs: Count = 32
+    """Sequences that a replica computes at once."""
     max_num_batched_tokens: Count = 512
+    """Tokens of one step of a replica, prompts and completions together."""
     max_num_queued_reqs: Count = 256
     """Requests waiting and running, all replicas together; one more is RESOURCE_EXHAUSTED."""
     max_num_queued_tokens: Annotated[int, Field(ge=1, le=1 << 32)] | None = None
@@ -183,19 +198,26 @@ class ServerConfig(Section):
     """
 
     host: Annotated[str, Field(min_length=1, max_length=255)] = "127.0.0.1"
+    """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 50_051
     """Of gRPC. 0: any free port."""
     http_port: Annotated[int, Field(ge=0, le=65_535)] | None = None
     """Of the OpenAI-compatible HTTP front end, /metrics and the live page (extra: http). 0: any free
     port. None: no HTTP."""
     max_message_mib: Annotated[int, Field(ge=1, le=256)] = 4
+    """Largest request."""
     max_metadata_kib: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Largest headers of a request."""
     max_concurrent_rpcs: Count = 4096
+    """Calls at once, streams among them; one more is refused."""
     default_max_tokens: Count = 256
     """For requests that do not set max_tokens."""
     max_stop_strings: Annotated[int, Field(ge=0, le=256)] = 16
+    """Stop strings of a request."""
     max_stop_chars: Annotated[int, Field(ge=1, le=65_536)] = 256
+    """Characters of a stop string."""
     max_stop_token_ids: Annotated[int, Field(ge=0, le=65_536)] = 128
+    """Stop tokens of a request."""
     max_buffered_tokens: Count = 4096
     """Tokens kept for a client that does not read; beyond it that stream alone is ended."""
     replica_timeout_s: Seconds = 60.0
@@ -203,6 +225,7 @@ class ServerConfig(Section):
     retry_after_s: Seconds = 1.0
     """What RetryInfo tells a client whose request found the queue full."""
     drain_timeout_s: Seconds = 30.0
+    """How long requests in flight may go on after the server was told to stop."""
     token_file: str | None = None
     """File with the tokens, one a line, of which every call needs one. None: no call needs any."""
     admin_token_file: str | None = None
@@ -234,14 +257,16 @@ class ChatConfig(Section):
     template: str | None = None
     """File with a jinja2 template. None: the one in the checkpoint."""
     presets: dict[str, PresetConfig] = {}
-    """Tasks by name, besides the built-in ones; a name of those takes its place."""
+    """Tasks by name (see below), besides the built-in ones; a name of those takes its place."""
 
 
 class ObservabilityConfig(Section):
     """What the cluster tells of itself, besides /metrics."""
 
     log_format: Literal["text", "json"] = "text"
+    """json: one object a line, for collectors of logs."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Lines below it are not written."""
     log_requests: bool = False
     """One line for each request that ends: its id, tokens and times. Never its text."""
     otlp_traces_endpoint: str | None = None
@@ -254,7 +279,9 @@ class RayConfig(Section):
     placement_strategy: Literal["PACK", "STRICT_SPREAD"] = "PACK"
     """STRICT_SPREAD: one host per node. PACK: logical nodes may share a host."""
     cpus_per_rank: Annotated[float, Field(ge=0, le=1024)] = 1.0
+    """Logical CPUs that Ray sets aside for each rank."""
     startup_timeout_s: Seconds = 300.0
+    """From placing the ranks to the first request."""
 
 
 class ServeConfig(Section):
@@ -265,9 +292,11 @@ class ServeConfig(Section):
     served_model_name: Annotated[str, Field(min_length=1)] | None = None
     """Name that requests use. None: the directory's name."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights, activations and KV cache."""
     max_model_len: Annotated[int, Field(ge=2, le=1 << 24)] | None = None
     """Longest prompt plus completion, in tokens. None: the checkpoint's own limit."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    """From which requests that bring no seed are given theirs."""
     parallel: ParallelConfig = ParallelConfig()
     comms: CommsConfig = CommsConfig()
     experts: ExpertsConfig = ExpertsConfig()
@@ -344,7 +373,7 @@ def _copy_tree(values: Mapping[str, Any]) -> dict[str, Any]:
     """A section left empty in YAML (`parallel:`) reads as None and means its defaults."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
-        if value is None and _section_of(ServeConfig, str(key)):
+        if value is None and section_of(ServeConfig, str(key)):
             continue
         tree[str(key)] = _copy_tree(value) if isinstance(value, Mapping) else value
     return tree
@@ -368,7 +397,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[path[-1]] = value
 
 
-def _section_of(section: type[Section], name: str) -> type[Section] | None:
+def section_of(section: type[Section], name: str) -> type[Section] | None:
+    """The class of an option that is itself a section, None of any other."""
     field = section.model_fields.get(name)
     kind = field.annotation if field else None
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None
@@ -378,7 +408,7 @@ def _unknown_keys(
     section: type[Section], tree: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
     for name, value in tree.items():
-        inner = _section_of(section, name)
+        inner = section_of(section, name)
         if name not in section.model_fields:
             yield prefix + name
         elif inner and isinstance(value, Mapping):
@@ -387,7 +417,7 @@ def _unknown_keys(
 
 def _known_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
     for name in section.model_fields:
-        inner = _section_of(section, name)
+        inner = section_of(section, name)
         if inner:
             yield from _known_keys(inner, f"{prefix}{name}.")
         else:
@@ -414,7 +444,7 @@ def _describe(config: type[Section], error: Any) -> str:
     path = [str(part) for part in error["loc"]]
     section: type[Section] = config
     for name in path:
-        inner = _section_of(section, name)
+        inner = section_of(section, name)
         if inner is None:
             break
         section = inner
@@ -427,15 +457,17 @@ def _describe(config: type[Section], error: Any) -> str:
     name = ".".join(p for p in path if p.isidentifier() and p not in ("int", "float", "str"))
     if error["type"] == "literal_error":
         return f"{name} = {error['input']!r:.100}: allowed are {error['ctx']['expected']}"
-    allowed = f" (allowed: {_allowed(field)})" if field else ""
+    allowed = f" (allowed: {allowed_values(field)})" if field else ""
     return f"{name} = {error['input']!r:.100}: {reason}{allowed}"
 
 
-def _allowed(field: FieldInfo) -> str:
+def allowed_values(field: FieldInfo) -> str:
     """The values that a field takes, in words: `'a' or 'b'`, `int, >= 1, <= 8, or null`."""
     options: list[str] = []
     annotation: Any = field.annotation
     bounds = list(field.metadata)
+    if get_origin(annotation) is dict:
+        return "a map"
     for kind in get_args(annotation) or (annotation,):
         if isinstance(kind, type):
             options.append("null" if kind is type(None) else kind.__name__)
