@@ -1,21 +1,24 @@
-"""The deploy job: `ray job submit --working-dir . -- python -m deploy.job --config FILE`.
+"""The deploy job, as a module of a checkout or as a script of its own:
 
-Runs on the Ray cluster it is submitted to, prints the gRPC endpoint, and serves until the job is
-stopped. Exit codes are those of `deploy.exit_code`.
+    ray job submit --working-dir . -- python -m deploy.job --config FILE
+    ray submit CLUSTER.yaml deploy/job.py -- --config FILE
+
+Runs on the Ray cluster it is submitted to, prints where it answers, and serves until the job is
+stopped. The second way copies this file alone to the head, where expertmesh must be installed. Exit
+codes are those of `deploy.exit_code`, and 2 where expertmesh is missing.
 """
+
+from __future__ import annotations
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import ray
-
-from cluster.config import ServeConfig
-from deploy.cluster import running_cluster
-from deploy.exit_code import exit_code_of
-from deploy.settings import load_config
+if TYPE_CHECKING:
+    from cluster.config import ServeConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
+    import ray
+
+    from deploy.exit_code import exit_code_of
+    from deploy.settings import load_config
+
     def run() -> None:
         config = load_config(options.config, options.overrides)
         ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
@@ -37,10 +45,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(config: ServeConfig) -> None:
     """Serve on the connected Ray until interrupted; raises what ends the cluster before that."""
+    from deploy.cluster import running_cluster
+
     with running_cluster(config) as cluster:
         print(f"serving {config.model_name} on {cluster.endpoint}", flush=True)
         cluster.wait()
 
 
+def _main_of_script() -> int:
+    """Python puts a script's own folder first in its path, where deploy/cluster.py would be found as
+    the package `cluster`; what we need is the folder above it, or what is installed."""
+    here = Path(__file__).resolve().parent
+    if (here / "cluster.py").is_file():
+        sys.path[0] = str(here.parent)
+    try:
+        return main()
+    except ModuleNotFoundError as error:
+        if error.name not in ("cluster", "deploy", "ray"):
+            raise
+        print(
+            f"{sys.executable} has no expertmesh ({error}): install it on every host, with the "
+            "versions of constraints.txt",
+            file=sys.stderr,
+        )
+        return 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main() if __package__ else _main_of_script())
