@@ -11,7 +11,9 @@ Each sampled row is computed on its own, so other rows of the batch cannot chang
 Shapes: N rows, V vocabulary, C chunks of the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +21,56 @@ from torch import Tensor
 
 from cluster.engine.philox import uniform
 from cluster.engine.sampling_params import SamplingParams
+from cluster.engine.sequence import Sequence as EngineSequence
+from cluster.engine.sequence import TokenLogprob
 
 FAILED = -1
 """Instead of a token id: the row's logits had NaN, +inf, or nothing above -inf."""
 _CHUNK = 512
 
 Weights = NDArray[np.float32]
+
+
+class Sampled(NamedTuple):
+    token_id: int
+    """FAILED when it is undefined; `error` says why."""
+    logprob: TokenLogprob | None = None
+    error: str | None = None
+
+
+class Sampler:
+    """Chooses the next tokens of one replica's sequences, by all that their parameters ask for.
+
+    tokenizer_dir: where the checkpoint's tokenizer.json is, for constraints; None refuses them.
+    """
+
+    def __init__(
+        self, vocab_size: int, eos_token_ids: Collection[int], tokenizer_dir: Path | None = None
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.tokenizer_dir = tokenizer_dir
+
+    def add(self, sequence: EngineSequence) -> None:
+        """Begin what the sequence needs before its first token; ValueError refuses it alone."""
+
+    def is_ready(self, sequence: EngineSequence) -> bool:
+        """Whether the scheduler may have it: its constraint is compiled. ValueError refuses it."""
+        return True
+
+    def sample(self, logits_NV: Tensor, rows: Sequence[EngineSequence]) -> list[Sampled]:
+        """One token for each row; `token_ids` of a row are all tokens before it, and no more.
+
+        A sequence may come back after preemption, or elsewhere after a loss: what the sampler keeps of
+        it is rebuilt from its tokens. Nothing need be said when a sequence ends.
+        """
+        params, positions = [row.params for row in rows], [row.num_tokens for row in rows]
+        return [Sampled(token_id) for token_id in sample(logits_NV, params, positions)]
+
+
+def prompt_logprobs(logits_TV: Tensor, next_ids: Sequence[int], k: int) -> tuple[TokenLogprob, ...]:
+    """Of the tokens that follow T tokens of a prompt, with the k likeliest for each."""
+    raise NotImplementedError
 
 
 def sample(
