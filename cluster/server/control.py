@@ -1,26 +1,25 @@
 """The gRPC face of operation: what runs here and how loaded it is; steering for admins."""
 
-import hmac
 import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import grpc.aio
 
 from cluster.rebalancer import Rebalancer
+from cluster.server.access import authorization, peer_is_loopback
 from cluster.server.balance import balance_message, outcome_message, placement_message
 from cluster.server.errors import Code, RequestError, invalid
 from cluster.server.gateway import Gateway
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
 from cluster.server.proto.expertmesh.v1 import control_pb2_grpc as pb_grpc
+from cluster.server.security import EVERYBODY, Credentials
 from cluster.server.status import statuses
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Control"].full_name
-_LOOPBACK = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
 _MAX_DRAIN_S = 86_400.0
 _CHUNK_BYTES = 1 << 20
 
@@ -30,14 +29,16 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class ControlServicer(pb_grpc.ControlServicer):
     """Reads are open; what changes or costs needs the admin token or, without one, loopback."""
 
-    def __init__(self, gateway: Gateway, rebalancer: Rebalancer | None = None) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        rebalancer: Rebalancer | None = None,
+        credentials: Credentials = EVERYBODY,
+    ) -> None:
         self._gateway = gateway
         self._balance = rebalancer
         self._started = time.monotonic()
-        token_file = gateway.config.server.admin_token_file
-        self._token = Path(token_file).read_text(encoding="utf-8").strip() if token_file else None
-        if self._token == "":
-            raise ValueError(f"server.admin_token_file = {token_file!r}: the file is empty")
+        self._credentials = credentials
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: _Context
@@ -147,19 +148,7 @@ class ControlServicer(pb_grpc.ControlServicer):
             yield
 
     def _check_admin(self, context: _Context) -> None:
-        if self._token is None:
-            if not context.peer().startswith(_LOOPBACK):
-                raise RequestError(
-                    Code.PERMISSION_DENIED,
-                    "without server.admin_token_file this call is for loopback clients only",
-                )
-            return
-        sent = dict(context.invocation_metadata() or ()).get("authorization", "")
-        sent_bytes = sent if isinstance(sent, bytes) else sent.encode()
-        if not hmac.compare_digest(sent_bytes, f"Bearer {self._token}".encode()):
-            raise RequestError(
-                Code.UNAUTHENTICATED, "metadata `authorization: Bearer <admin token>` is required"
-            )
+        self._credentials.check_admin(authorization(context), peer_is_loopback(context.peer()))
 
 
 def _version() -> str:

@@ -104,6 +104,7 @@ def test_bad_drain_timeout(timeout_s):
 def test_admin_token(tmp_path):
     token_file = tmp_path / "token"
     token_file.write_text("sesame\n")
+    token_file.chmod(0o600)
     with serve(f"server.admin_token_file={token_file}") as serving:
         request = pb.AbortRequest(request_id="none")
         for sent in ((), [("authorization", "Bearer wrong")], [("authorization", "sesame")]):
@@ -118,6 +119,9 @@ def test_without_token_admin_calls_are_for_loopback():
     class Elsewhere:
         def peer(self):
             return "ipv4:10.0.0.7:5555"
+
+        def invocation_metadata(self):
+            return ()
 
     with serve() as serving:
         servicer = ControlServicer(serving.gateway)

@@ -187,6 +187,7 @@ def test_the_dump_is_the_recorded_load(serving):
 def test_admin_calls_need_the_token_and_reads_do_not(tmp_path):
     token_file = tmp_path / "token"
     token_file.write_text("sesame")
+    token_file.chmod(0o600)
     ranks = Ranks()
     options = (*QUICK, f"server.admin_token_file={token_file}")
     with serve(*options, make_rebalancer=ranks.rebalancer) as serving:
