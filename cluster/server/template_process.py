@@ -1,0 +1,87 @@
+"""A chat template in a process of its own, which can be ended: threads cannot.
+
+Templates come with checkpoints and messages from clients. jinja2's sandbox keeps a template from
+the rest of the world, but not from running for ever or filling the memory, and no thread can be
+stopped at that.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+_WORKER = Path(__file__).with_name("template_worker.py")
+_MEMORY_MIB = 1024
+_MAX_BYTES_PER_CHAR = 12
+"""Of JSON: a character outside the basic plane is two escapes."""
+
+
+class TemplateError(ValueError):
+    """The template cannot be rendered with these messages; the message says why."""
+
+
+class TemplateProcess:
+    """Renders from any thread, one at a time; starts on first use and again after it was ended."""
+
+    def __init__(self, template: str, *, time_limit_s: float, max_chars: int) -> None:
+        self._template = template
+        self._time_limit_s = time_limit_s
+        self._max_chars = max_chars
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+        self._end: weakref.finalize[..., Any] | None = None
+
+    def render(self, values: Mapping[str, Any]) -> str:
+        """Raises TemplateError, also when it takes too long, grows too large or the process ends."""
+        with self._lock:
+            try:
+                answer = self._ask(json.dumps(values).encode())
+            except (OSError, EOFError):
+                self.close()
+                raise TemplateError("ended its process on them") from None
+        if "error" in answer:
+            raise TemplateError(answer["error"])
+        return answer["text"]
+
+    def close(self) -> None:
+        """End the process, if it runs."""
+        if self._end:
+            self._end()
+        self._connection = None
+
+    def _ask(self, request: bytes) -> dict[str, str]:
+        connection = self._connection or self._start()
+        connection.send_bytes(request)
+        if not connection.poll(self._time_limit_s):
+            self.close()
+            raise TemplateError(f"takes longer than {self._time_limit_s:g} s on them")
+        answer = connection.recv_bytes(self._max_chars * _MAX_BYTES_PER_CHAR + 64)
+        return dict(json.loads(answer))
+
+    def _start(self) -> Connection:
+        ours, theirs = Pipe()
+        arguments = [theirs.fileno(), _MEMORY_MIB, self._max_chars]
+        with theirs:
+            process = subprocess.Popen(
+                # -I: neither the environment nor the working directory decides what is imported.
+                [sys.executable, "-I", str(_WORKER), *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        self._connection = ours
+        self._end = weakref.finalize(self, _end, process, ours)
+        ours.send_bytes(self._template.encode())
+        return ours
+
+
+def _end(process: "subprocess.Popen[bytes]", connection: Connection) -> None:
+    connection.close()
+    process.kill()
+    process.wait()
