@@ -64,6 +64,10 @@ class Chat:
 
     messages: tuple[ChatMessage, ...]
     preset: str | None = None
+    add_generation_prompt: bool = True
+    """End with what the assistant's message begins with."""
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further values for the template, such as `enable_thinking`."""
 
 
 class FinishReason(StrEnum):
