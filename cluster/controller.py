@@ -17,12 +17,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ServeConfig
 from cluster.engine.runner import max_model_len
+from cluster.front_end import Endpoints, FrontEnd
 from cluster.model.config import ModelConfig
 from cluster.rebalancer import ExpertFacts, Rebalancer
 from cluster.server.gateway import Gateway
 from cluster.server.request import ModelInfo
-from cluster.server.service import GrpcServer
-from cluster.server.tokenizer import load_tokenizer
+from cluster.server.security import Credentials
 from cluster.worker import Worker
 
 PLACEMENT_TIMEOUT_S = 10.0
@@ -47,9 +47,8 @@ class Controller:
         self._placement_group: PlacementGroup | None = None
         self._workers: list[Any] = []
         self._sentinels: list[asyncio.Future[None]] = []
-        self._gateway: Gateway | None = None
+        self._front: FrontEnd | None = None
         self._rebalancer: Rebalancer | None = None
-        self._server: GrpcServer | None = None
         self._stopping = False
         self._doing = "starting the controller"
         self._host = LOOPBACK
@@ -59,17 +58,19 @@ class Controller:
         """What `start` is at, for whoever waits for it."""
         return self._doing
 
-    async def start(self) -> str:
-        """Place, load and connect every rank; returns the gRPC endpoint, `host:port`.
+    async def start(self) -> Endpoints:
+        """Place, load and connect every rank; returns where the cluster answers.
 
-        Raises NotEnoughResourcesError within about ten seconds when the layout cannot be placed, and
-        what a rank raised (a checkpoint error, say) when loading fails.
+        Raises ConfigError for what cannot be served as configured, NotEnoughResourcesError within
+        about ten seconds when the layout cannot be placed, and what a rank raised (a checkpoint error,
+        say) when loading fails.
         """
+        credentials = Credentials.load(self._config.server)
         model_config = ModelConfig.from_dir(self._config.model)
         try:
             await self._place_workers()
             await self._load_workers()
-            return await self._open_for_requests(model_config)
+            return await self._open_for_requests(model_config, credentials)
         except BaseException:
             await self.stop()
             raise
@@ -83,22 +84,20 @@ class Controller:
         failed = next(sentinel for sentinel in self._sentinels if sentinel in done)
         reason = f"rank {self._sentinels.index(failed)} ended: {_cause(failed)}"
         logger.error("%s", reason)
-        if self._gateway:
-            self._gateway.fail(reason)
+        if self._front:
+            self._front.gateway.fail(reason)
         raise RuntimeError(reason)
 
     async def stop(self) -> None:
         """Drain, stop the ranks and give the resources back. Safe to call twice."""
         self._stopping = True
-        if self._gateway:
-            self._gateway.set_ready(False)
-            await self._gateway.drain()
-        if self._server:
-            await self._server.stop()
+        if self._front:
+            await self._front.gateway.drain()
+            await self._front.stop()
         if self._rebalancer:
             await self._rebalancer.stop()
-        if self._gateway:
-            await self._gateway.stop()
+        if self._front:
+            await self._front.gateway.stop()
         if self._sentinels:
             await asyncio.wait(self._sentinels, timeout=5.0)
         for worker in self._workers:
@@ -106,6 +105,11 @@ class Controller:
         if self._placement_group:
             remove_placement_group(self._placement_group)
         self._workers, self._placement_group = [], None
+
+    async def hurry(self) -> None:
+        """Let `stop` wait for requests no longer: they end with UNAVAILABLE."""
+        if self._front:
+            await self._front.gateway.drain(0)
 
     async def stats(self) -> list[dict[str, Any]]:
         """One map per rank: expert load, bytes sent, memory and step times (see `Worker.stats`)."""
@@ -171,10 +175,11 @@ class Controller:
         self._host = ray.util.get_node_ip_address()
         return [ip for _, ip in places]
 
-    async def _open_for_requests(self, model_config: ModelConfig) -> str:
-        self._gateway = Gateway(
+    async def _open_for_requests(
+        self, model_config: ModelConfig, credentials: Credentials
+    ) -> Endpoints:
+        self._front = FrontEnd(
             self._config,
-            load_tokenizer(self._config.model),
             ModelInfo(
                 name=self._config.model_name,
                 vocab_size=model_config.vocab_size,
@@ -183,19 +188,21 @@ class Controller:
                 architecture=model_config.architecture,
                 dtype=self._config.dtype,
             ),
-            bind_host=self._host,
+            credentials,
+            gateway_host=self._host,
+            host_name=ray.util.get_node_ip_address(),
         )
-        gateway_address = await self._gateway.start()
+        gateway = self._front.gateway
+        gateway_address = await gateway.start()
         for replica, address in enumerate(self._leader_addresses):
-            self._gateway.attach(replica, address)
+            gateway.attach(replica, address)
         self._sentinels = [
             asyncio.ensure_future(worker.run.remote(gateway_address)) for worker in self._workers
         ]
-        self._rebalancer = self._watch_experts(model_config, self._gateway)
-        self._server = GrpcServer(self._gateway, self._config, self._rebalancer)
-        port = await self._server.start()
-        self._gateway.set_ready(True)
-        return f"{self._config.server.host}:{port}"
+        self._rebalancer = self._watch_experts(model_config, gateway)
+        endpoints = await self._front.start(self._rebalancer)
+        gateway.set_ready(True)
+        return endpoints
 
     def _watch_experts(self, model_config: ModelConfig, gateway: Gateway) -> Rebalancer:
         rebalancer = Rebalancer(

@@ -11,6 +11,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ServeConfig
 from cluster.controller import Controller, check_resources
+from cluster.front_end import Endpoints
+from cluster.server.security import Credentials
 from deploy.exit_code import interrupt_on_sigterm
 
 STOP_MARGIN_S = 15.0
@@ -21,9 +23,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunningCluster:
-    """A cluster that answers at `endpoint` ("host:port")."""
+    """A cluster that answers at `endpoint` ("host:port", gRPC) and, if configured, `http_url`."""
 
     endpoint: str
+    http_url: str | None
     controller: Any
 
     def wait(self) -> None:
@@ -40,9 +43,11 @@ class RunningCluster:
 def running_cluster(config: ServeConfig) -> Iterator[RunningCluster]:
     """Start the cluster beside this process's Ray node; stop it on the way out, however we leave.
 
-    Raises NotEnoughResourcesError when the layout does not fit, before anything is started.
+    Raises NotEnoughResourcesError when the layout does not fit, and ConfigError when the files that the
+    server needs cannot be used, before anything is started.
     """
     interrupt_on_sigterm()  # again: ray.init has put its own handler in place of ours
+    Credentials.load(config.server)
     check_resources(config)
     controller: Any = (
         ray.remote(Controller)
@@ -55,21 +60,23 @@ def running_cluster(config: ServeConfig) -> Iterator[RunningCluster]:
         .remote(config)
     )
     try:
-        yield RunningCluster(_start(controller), controller)
+        endpoints = _start(controller)
+        yield RunningCluster(endpoints.grpc, endpoints.http, controller)
     finally:
         _stop(controller, config)
 
 
-def _start(controller: Any) -> str:
-    """The endpoint; logs what the controller is at while we wait."""
-    endpoint = controller.start.remote()
+def _start(controller: Any) -> Endpoints:
+    """Where the cluster answers; logs what the controller is at while we wait."""
+    started = controller.start.remote()
     told = ""
-    while not ray.wait([endpoint], timeout=PROGRESS_S)[0]:
+    while not ray.wait([started], timeout=PROGRESS_S)[0]:
         doing = _get(controller.doing.remote())
         if doing != told:
             logger.info("%s ...", doing)
             told = doing
-    return str(_get(endpoint))
+    endpoints: Endpoints = _get(started)
+    return endpoints
 
 
 def _get(reference: Any, timeout_s: float | None = None) -> Any:
@@ -81,11 +88,19 @@ def _get(reference: Any, timeout_s: float | None = None) -> Any:
 
 
 def _stop(controller: Any, config: ServeConfig) -> None:
+    """Requests in flight may finish, until `drain_timeout_s` or a second Ctrl-C or SIGTERM."""
     timeout_s = config.server.drain_timeout_s + STOP_MARGIN_S
+    stopped = controller.stop.remote()
     try:
-        ray.get(controller.stop.remote(), timeout=timeout_s)
+        try:
+            ray.get(stopped, timeout=timeout_s)
+        except KeyboardInterrupt:
+            logger.info("ending the requests that are left")
+            controller.hurry.remote()
+            ray.get(stopped, timeout=STOP_MARGIN_S)
     except ray.exceptions.GetTimeoutError:
-        logger.warning("the cluster did not stop within %g s; killing it", timeout_s)
+        logger.warning("the cluster did not stop in time; killing it")
     except ray.exceptions.RayError as error:
         logger.warning("stopping the cluster: %s", error)
-    ray.kill(controller)
+    finally:
+        ray.kill(controller)

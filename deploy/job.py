@@ -49,6 +49,8 @@ def serve(config: ServeConfig) -> None:
 
     with running_cluster(config) as cluster:
         print(f"serving {config.model_name} on {cluster.endpoint}", flush=True)
+        if cluster.http_url:
+            print(f"over HTTP on {cluster.http_url}", flush=True)
         cluster.wait()
 
 
