@@ -218,12 +218,15 @@ class ServerConfig(Section):
     """Characters of a stop string."""
     max_stop_token_ids: Annotated[int, Field(ge=0, le=65_536)] = 128
     """Stop tokens of a request."""
+    max_bad_words: Annotated[int, Field(ge=0, le=65_536)] = 128
+    """Bad words of a request, each of at most max_stop_chars characters."""
     max_buffered_tokens: Count = 4096
     """Tokens kept for a client that does not read; beyond it that stream alone is ended."""
     replica_timeout_s: Seconds = 60.0
     """A request whose replica has sent nothing for this long fails with UNAVAILABLE."""
     retry_after_s: Seconds = 1.0
-    """What RetryInfo tells a client whose request found the queue full."""
+    """What RetryInfo tells a client whose request found the queue full, as long as no request has ended
+    lately; then it follows how fast requests end."""
     drain_timeout_s: Seconds = 30.0
     """How long requests in flight may go on after the server was told to stop."""
     token_file: str | None = None

@@ -28,8 +28,9 @@ class Detokenizer:
     """Incremental text of one completion.
 
     `add` returns new text to show, perhaps empty. When a stop string is complete, `stop_string` is
-    set and the text before it has been returned. Call `finish` once at the end for the text that
-    was held back; a stop token is not to be added.
+    set and the text before it (with `include_stop_string`: and it) has been returned. What the first
+    `min_tokens` tokens say is no stop string, nor the beginning of one. Call `finish` once at the end
+    for the text that was held back; a stop token is not to be added.
     """
 
     def __init__(
@@ -39,10 +40,14 @@ class Detokenizer:
         stop: Iterable[str] = (),
         prompt_token_ids: Sequence[int] = (),
         skip_special_tokens: bool = True,
+        include_stop_string: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         self._decoder = decoder
         self._skip_special_tokens = skip_special_tokens
-        self._stop_strings = StopStrings(stop)
+        self._stop_strings = StopStrings(stop, include=include_stop_string)
+        self._num_unsearched = min_tokens
+        """Tokens to come whose text is not searched for stop strings."""
         self._window = list(prompt_token_ids[-_CONTEXT:])
         self._num_context = len(self._window)
         """Leading tokens of the window whose text has been shown (or belongs to the prompt)."""
@@ -57,10 +62,11 @@ class Detokenizer:
         """New text to show after one more token."""
         if self.stop_string is not None:
             return ""
+        self._num_unsearched -= 1
         self._window.append(token_id)
         text = self._decode(self._window)
         stable = text.rstrip(_REPLACEMENT)
-        new = self._stop_strings.feed(text[self._num_shown : len(stable)])
+        new = self._search(text[self._num_shown : len(stable)])
         self._num_shown = max(self._num_shown, len(stable))
         if len(stable) == len(text):
             del self._window[: self._num_context]
@@ -75,7 +81,7 @@ class Detokenizer:
         if self.stop_string is not None:
             return ""
         text = self._decode(self._window)
-        shown = self._stop_strings.feed(text[self._num_shown :])
+        shown = self._search(text[self._num_shown :])
         self._window.clear()
         return shown if self.stop_string is not None else shown + self._stop_strings.finish()
 
@@ -86,11 +92,15 @@ class Detokenizer:
             before, after = self._window[:start], self._window[start:]
             settled = self._decode(before)
             if settled + self._decode(after) == text:
-                new = self._stop_strings.feed(settled[self._num_shown :])
+                new = self._search(settled[self._num_shown :])
                 self._window, self._num_context = after, 0
                 self._num_shown = max(0, self._num_shown - len(settled))
                 return new
         return ""
+
+    def _search(self, text: str) -> str:
+        """What of more text may be shown, as far as stop strings are concerned."""
+        return text if self._num_unsearched >= 0 else self._stop_strings.feed(text)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._decoder.decode(token_ids, skip_special_tokens=self._skip_special_tokens)

@@ -8,10 +8,14 @@ from collections.abc import Iterable
 
 
 class StopStrings:
-    """`feed` returns what is certain to come before any stop string; `matched` ends it all."""
+    """`feed` returns what is certain to come before any stop string; `matched` ends it all.
 
-    def __init__(self, stop: Iterable[str] = ()) -> None:
+    With `include`, the stop string that was found is shown too.
+    """
+
+    def __init__(self, stop: Iterable[str] = (), *, include: bool = False) -> None:
         self.matched: str | None = None
+        self._include = include
         self._prefixes = [_Prefix(text) for text in stop]
         self._held = ""
 
@@ -27,7 +31,7 @@ class StopStrings:
             if complete:
                 self.matched = max(complete, key=len)
                 self._held = ""
-                return text[: end + 1 - len(self.matched)]
+                return text[: end + 1 - (0 if self._include else len(self.matched))]
         shown = len(text) - max(prefix.length for prefix in self._prefixes)
         self._held = text[shown:]
         return text[:shown]

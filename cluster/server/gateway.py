@@ -9,6 +9,7 @@ its replica's silence ran out, or the cluster failed. Use everything from one ev
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncGenerator
@@ -18,11 +19,16 @@ from tokenizers import Tokenizer
 
 from cluster.config import ServeConfig
 from cluster.engine.sampling_params import SamplingParams
+from cluster.engine.sequence import TokenEvent
 from cluster.server import wire
+from cluster.server.choice import Choice
 from cluster.server.errors import Code, RequestError
 from cluster.server.in_flight import InFlight
 from cluster.server.leaders import LeaderLinks, Replica
 from cluster.server.least_loaded import least_loaded
+from cluster.server.observer import NO_OBSERVER, Observer
+from cluster.server.pace import Pace
+from cluster.server.prompt import Prompt, PromptReader, Template
 from cluster.server.readiness import Readiness
 from cluster.server.request import (
     Chat,
@@ -37,8 +43,9 @@ from cluster.server.request_table import RequestTable
 from cluster.server.validation import (
     check_model,
     check_prompt_length,
+    check_prompt_text,
     check_request,
-    fit_max_tokens,
+    read_sampling,
 )
 
 logger = logging.getLogger(__name__)
@@ -48,7 +55,8 @@ class Gateway:
     """`start`, `attach` every replica, `set_ready(True)`; then `generate` until `stop`.
 
     `tokenizer` None: only token ids go in and out. `bind_host` is the one address of this host
-    that leaders can reach; `start` returns the address that they connect to.
+    that leaders can reach; `start` returns the address that they connect to. `observer` is told of
+    requests and frames, `chat` makes prompts of messages.
     """
 
     def __init__(
@@ -57,6 +65,8 @@ class Gateway:
         tokenizer: Tokenizer | None,
         model_info: ModelInfo,
         bind_host: str = "127.0.0.1",
+        observer: Observer = NO_OBSERVER,
+        chat: Template | None = None,
     ) -> None:
         self.config = config
         self.model = model_info
@@ -64,12 +74,15 @@ class Gateway:
         self.readiness = Readiness()
         self.draining = False
         self._bind_host = bind_host
+        self._observer = observer
+        self._prompts = PromptReader(model_info, tokenizer, chat)
         self._seeds = random.Random(config.seed)
         self._links: LeaderLinks | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._requests = RequestTable(
-            config.scheduler.max_num_queued_reqs, config.server.retry_after_s
+            config.scheduler.max_num_queued_reqs, config.scheduler.max_num_queued_tokens
         )
+        self._pace = Pace(config.server.retry_after_s)
         self._failure: str | None = None
 
     # Life ---------------------------------------------------------------------------------------
@@ -144,18 +157,24 @@ class Gateway:
     # Requests -----------------------------------------------------------------------------------
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        """Chunks of the completion: first the prompt's facts, last the finish and usage.
+        """Chunks of the completion: first the prompt's facts, last the usage.
 
-        Raises RequestError. Closing the iterator early aborts the sequence in the engine, so
+        Raises RequestError. Closing the iterator early aborts the sequences in the engine, so
         readers that may stop early wrap it in `contextlib.aclosing`.
         """
-        admitted = await self._admit(request)
+        try:
+            admitted = await self._admit(request)
+        except RequestError as error:
+            if error.code is Code.RESOURCE_EXHAUSTED and error.retry_after_s is None:
+                error.retry_after_s = self._pace.retry_after(time.monotonic())
+            self._observer.refused(error.code)
+            raise
         try:
             yield Chunk(prompt=admitted.info)
             while True:
                 chunk = await admitted.next_chunk()
                 yield chunk
-                if chunk.finish:
+                if chunk.usage:
                     return
         finally:
             self._end(admitted, finish=Finish(reason=FinishReason.ABORT))
@@ -168,42 +187,50 @@ class Gateway:
         return request is not None
 
     async def tokenize(
-        self, text: str, model: str | None = None, add_special_tokens: bool = True
+        self, prompt: str | Chat, model: str | None = None, add_special_tokens: bool = True
     ) -> list[int]:
-        """Token ids of a text; raises RequestError."""
+        """Token ids of a text, or of what the template makes of messages; raises RequestError."""
         check_model(model, self.model)
-        if self.tokenizer is None:
-            raise RequestError(
-                Code.FAILED_PRECONDITION,
-                f"model {self.model.name!r} has no tokenizer: send token_ids instead of text",
-            )
-        # In a thread: a long text must not stop everybody else's stream.
-        encoding = await asyncio.to_thread(
-            self.tokenizer.encode, text, add_special_tokens=add_special_tokens
-        )
-        return list(encoding.ids)
+        if isinstance(prompt, Chat):
+            return (await self._prompts.read(prompt)).token_ids
+        if prompt:
+            check_prompt_text("text", prompt)
+        return await self._prompts.tokenize(prompt, add_special_tokens)
+
+    def flush_cache(self) -> int:
+        """Tell the replicas to forget cached prompts that no request uses; returns how many."""
+        frame = wire.pack_signal("flush_cache")
+        return sum(replica.try_send(frame) for replica in self.replicas)
 
     async def _admit(self, request: GenerationRequest) -> InFlight:
         arrived = time.monotonic()
         limits = self.config.server
-        num_replicas = self.config.parallel.num_replicas
-        params = check_request(request, self.model, limits, num_replicas)
+        # What refuses many is asked first: an overloaded server must not spend time on refusals.
         self._check_open()
-        request_id = self._requests.reserve(request.request_id)
+        self._requests.check_room()
+        check_request(request, self.model, limits, self.config.parallel.num_replicas)
+        assert request.prompt is not None, "refused by check_request"
+        params, bad_words = read_sampling(request.sampling, self.model, limits)
+        request_id = self._requests.reserve(request.request_id, request.n)
         try:
-            if isinstance(request.prompt, str):
-                prompt_ids = await self.tokenize(request.prompt)
-                check_prompt_length(len(prompt_ids), self.model)
-            else:
-                assert not isinstance(request.prompt, Chat), "refused by check_request"
-                prompt_ids = list(request.prompt or ())
-            if "seed" not in request.sampling:
-                params = replace(params, seed=self._seeds.getrandbits(63))
-            params = fit_max_tokens(
-                params, request, len(prompt_ids), self.model, limits.default_max_tokens
+            prompt = await self._prompts.read(request.prompt)
+            check_prompt_length(len(prompt.token_ids), self.model)
+            self._requests.charge(request_id, len(prompt.token_ids))
+            sampling = request.sampling
+            if prompt.sampling:
+                sampling = {**prompt.sampling, **sampling}
+                params, bad_words = read_sampling(sampling, self.model, limits)
+            max_tokens = (
+                params.max_tokens if "max_tokens" in sampling else limits.default_max_tokens
+            )
+            params = replace(
+                params,
+                seed=params.seed if "seed" in sampling else self._seeds.getrandbits(63),
+                max_tokens=min(max_tokens, self.model.max_model_len - len(prompt.token_ids)),
+                bad_words=self._prompts.bad_words(bad_words),
             )
             self._check_open()  # the world may have ended while the prompt was tokenized
-            return self._send(request, request_id, prompt_ids, params, arrived)
+            return self._send(request, request_id, prompt, params, arrived)
         finally:
             self._requests.release(request_id)
 
@@ -212,43 +239,54 @@ class Gateway:
             raise RequestError(Code.UNAVAILABLE, self._failure)
         if self.draining:
             raise RequestError(Code.UNAVAILABLE, "the server is draining and takes no new requests")
-        if not self.readiness.ready or not self.replicas:
+        if not self.readiness.ready or not self._opened.replicas:
             raise RequestError(Code.UNAVAILABLE, "the server is starting and not ready yet")
 
     def _send(
         self,
         request: GenerationRequest,
         request_id: str,
-        prompt_ids: list[int],
+        prompt: Prompt,
         params: SamplingParams,
         arrived: float,
     ) -> InFlight:
+        """Hand every choice to one replica; from here on the request is in flight."""
+        left_s = math.inf
+        if request.deadline_s is not None:
+            left_s = arrived + request.deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise _late(request)
         replica = self._choose(request.replica)
         info = PromptInfo(
             request_id=request_id,
-            num_tokens=len(prompt_ids),
+            num_tokens=len(prompt.token_ids),
             seed=params.seed,
             replica=replica.idx,
             max_tokens=params.max_tokens,
+            text=prompt.text,
         )
-        admitted = InFlight(info, prompt_ids, params, self.tokenizer, arrived)
-        if not replica.try_send(wire.pack_add(request_id, prompt_ids, params.to_dict())):
-            raise RequestError(
-                Code.UNAVAILABLE, f"{replica} does not read its requests", retry_after_s=1.0
-            )
+        choices = [
+            Choice(idx, engine_id, prompt.token_ids, _params_of(params, idx), self.tokenizer)
+            for idx, engine_id in enumerate(self._requests.engine_ids(request_id))
+        ]
+        for num_sent, choice in enumerate(choices):
+            if not replica.try_send(_add_frame(request, prompt, choice)):
+                for sent in choices[:num_sent]:
+                    replica.send_later(wire.pack_abort(sent.engine_id))
+                raise RequestError(
+                    Code.UNAVAILABLE, f"{replica} does not read its requests", retry_after_s=1.0
+                )
+        admitted = InFlight(info, params, choices, arrived, request.traceparent)
         self._requests.add(admitted)
-        replica.in_flight += 1
-        if request.deadline_s is not None:
-            late = RequestError(
-                Code.DEADLINE_EXCEEDED, f"not finished within {request.deadline_s:.3f} s"
-            )
-            left_s = arrived + request.deadline_s - time.monotonic()
+        replica.in_flight += len(choices)
+        if left_s < math.inf:
             admitted.deadline = asyncio.get_running_loop().call_later(
-                max(0.0, left_s), lambda: self._end(admitted, error=late)
+                left_s, lambda: self._end(admitted, error=_late(request))
             )
         for other in self.replicas:
             if other is not replica:
                 other.try_send(wire.pack_signal("wake"))
+        self._observer.admitted(admitted)
         return admitted
 
     def _choose(self, wanted: int | None) -> Replica:
@@ -267,16 +305,37 @@ class Gateway:
         error: RequestError | None = None,
         tell_engine: bool = True,
     ) -> None:
-        """The one end of a request; later calls for it do nothing."""
+        """The one end of a request, with all of its choices; later calls for it do nothing."""
         if not self._requests.remove(request):
             return
         if request.deadline:
             request.deadline.cancel()
         replica = self._opened.replicas[request.info.replica]
+        for choice in request.choices:
+            if choice.finish is None:
+                replica.in_flight -= 1
+                if tell_engine:
+                    self._cut_off(replica, choice)
+                if finish:
+                    request.finish(choice, finish)
+        if error:
+            request.fail(error)
+        self._pace.ended(time.monotonic())
+        self._observer.ended(request, error.code.value if error else request.outcome)
+
+    def _finish(self, request: InFlight, choice: Choice, finish: Finish, tell_engine: bool) -> None:
+        """The end of one choice, and of the request with the last of them."""
+        replica = self._opened.replicas[request.info.replica]
         replica.in_flight -= 1
         if tell_engine:
-            replica.send_later(wire.pack_abort(request.info.request_id))
-        request.end(finish, error)
+            self._cut_off(replica, choice)
+        request.finish(choice, finish)
+        if request.all_finished:
+            self._end(request)
+
+    def _cut_off(self, replica: Replica, choice: Choice) -> None:
+        replica.send_later(wire.pack_abort(choice.engine_id))
+        self._requests.cut_off(choice.engine_id)
 
     def _close(self, reason: str) -> None:
         self._failure = self._failure or reason
@@ -294,30 +353,37 @@ class Gateway:
     async def _receive(self) -> None:
         try:
             async for frame in self._opened.frames():
-                self._opened.replicas[frame.replica].suspect = False
+                replica = self._opened.replicas[frame.replica]
+                replica.suspect = False
+                self._observer.heard(replica, frame)
+                now = time.monotonic()
                 for event in frame.events:
-                    self._on_event(frame.replica, event)
+                    self._on_event(frame.replica, event, now)
         except Exception as error:
             logger.exception("the gateway's receive loop ended")
             self.fail(f"the gateway cannot receive from the replicas: {error!r}")
 
-    def _on_event(self, replica: int, event: wire.Event) -> None:
-        request = self._requests.get(event.request_id)
-        if request is None or request.info.replica != replica:
+    def _on_event(self, replica: int, event: TokenEvent, now: float) -> None:
+        request, choice = self._requests.choice(event.request_id) or (None, None)
+        if request is None or choice is None or choice.finish or request.info.replica != replica:
             return  # ended here before the engine learned of it
         if event.error is not None:
             failed = RequestError(Code.INTERNAL, f"the engine failed this request: {event.error}")
-            self._end(request, error=failed, tell_engine=False)
+            # Its other choices go on there until they are told to end.
+            self._end(request, error=failed, tell_engine=request.num_choices > 1)
             return
         try:
-            finish = request.accept(event)
+            finish = request.accept(choice, event)
         except Exception as error:
             logger.exception("request %s: cannot take in %s", event.request_id, event)
             self._end(request, error=RequestError(Code.INTERNAL, f"bad engine output: {error}"))
             return
+        request.last_heard = now
+        if event.token_id is not None:
+            self._observer.progressed(request, 1, request.clock(choice, now))
         limit = self.config.server.max_buffered_tokens
         if finish:
-            self._end(request, finish=finish, tell_engine=event.finish_reason is None)
+            self._finish(request, choice, finish, tell_engine=event.finish_reason is None)
         elif request.num_unread > limit:
             message = f"the client left more than max_buffered_tokens = {limit} tokens unread"
             self._end(request, error=RequestError(Code.RESOURCE_EXHAUSTED, message))
@@ -351,10 +417,31 @@ class Gateway:
         return self._links
 
 
+def _params_of(params: SamplingParams, choice: int) -> SamplingParams:
+    """Choice i draws with seed + i; the prompt's log probabilities are those of the first."""
+    if choice == 0:
+        return params
+    return replace(params, seed=(params.seed + choice) % 2**64, prompt_logprobs=None)
+
+
+def _add_frame(request: GenerationRequest, prompt: Prompt, choice: Choice) -> bytes:
+    return wire.pack_add(
+        choice.engine_id,
+        prompt.token_ids,
+        choice.params.to_dict(),
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        routed_experts=request.return_routed_experts,
+    )
+
+
+def _late(request: GenerationRequest) -> RequestError:
+    return RequestError(Code.DEADLINE_EXCEEDED, f"not finished within {request.deadline_s:.3f} s")
+
+
 def _lost(request: InFlight, reason: str) -> RequestError:
     """ABORTED once tokens were seen, UNAVAILABLE before: both may be tried again."""
-    if request.token_ids:
-        return RequestError(
-            Code.ABORTED, f"{reason}; {len(request.token_ids)} tokens had been generated"
-        )
+    num_tokens = request.num_completion_tokens
+    if num_tokens:
+        return RequestError(Code.ABORTED, f"{reason}; {num_tokens} tokens had been generated")
     return RequestError(Code.UNAVAILABLE, reason)

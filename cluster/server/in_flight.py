@@ -1,122 +1,135 @@
-"""One admitted request: what it asked, what it has got so far, and what its reader has not seen."""
+"""One admitted request: what it asked, its choices, and what its reader has not seen."""
 
 import asyncio
 import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
 
-from tokenizers import Tokenizer
-
-from cluster.engine.detokenizer import Detokenizer
-from cluster.engine.sequence import SamplingParams
+from cluster.engine.sampling_params import SamplingParams
+from cluster.engine.sequence import TokenEvent
+from cluster.server.choice import Choice
 from cluster.server.errors import RequestError
-from cluster.server.request import Chunk, Finish, FinishReason, PromptInfo, Usage
-from cluster.server.wire import Event
+from cluster.server.request import Chunk, Finish, PromptInfo, Usage
 
 
 class InFlight:
-    """State of one request; the gateway feeds it, one reader takes chunks out of it.
+    """State of one request; the gateway feeds its choices, one reader takes chunks out of it.
 
-    `token_ids` keeps every token since the beginning: with the prompt, parameters and seed it is
-    all that another replica would need to go on with the same tokens.
+    Times are `time.monotonic()` seconds.
     """
 
     def __init__(
         self,
         info: PromptInfo,
-        prompt_ids: list[int],
         params: SamplingParams,
-        tokenizer: Tokenizer | None,
+        choices: Sequence[Choice],
         arrived: float,
+        traceparent: str | None = None,
     ) -> None:
         self.info = info
-        self.prompt_ids = prompt_ids
         self.params = params
-        self.token_ids: list[int] = []
-        self.last_heard = time.monotonic()
+        """Of the first choice; the others differ in their seed."""
+        self.choices = choices
+        self.traceparent = traceparent
+        self.arrived = arrived
+        self.sent_at = self.last_heard = time.monotonic()
+        self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
+        self.cached_tokens = 0
+        """Of the prompt, found in the cache by the first choice."""
+        self.queue_ms: float | None = None
+        """From arrival until the engine began with the first choice; None before."""
         self.deadline: asyncio.TimerHandle | None = None
-        self._arrived = arrived
-        self._first_token_at: float | None = None
-        self._detokenizer = (
-            Detokenizer(tokenizer, stop=params.stop, prompt_token_ids=prompt_ids)
-            if tokenizer
-            else None
-        )
-        self._text: list[str] = []
-        self._num_taken = 0
-        self._finish: Finish | None = None
+        self._ready: deque[Choice] = deque()
+        self._num_unfinished = len(choices)
         self._error: RequestError | None = None
         self._news = asyncio.Event()
 
     @property
+    def num_choices(self) -> int:
+        return len(self.choices)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Of all choices together."""
+        return sum(len(choice.token_ids) for choice in self.choices)
+
+    @property
     def num_unread(self) -> int:
-        return len(self.token_ids) - self._num_taken
+        return sum(choice.num_unread for choice in self.choices)
 
-    def accept(self, event: Event) -> Finish | None:
-        """Take in one event of the engine; returns how the request finished, if it did.
+    @property
+    def all_finished(self) -> bool:
+        return self._num_unfinished == 0
 
-        A stop string that completes here finishes the request although the engine goes on.
-        """
-        now = self.last_heard = time.monotonic()
-        finish = None
-        if event.token_id is not None:
-            self._first_token_at = self._first_token_at or now
-            self.token_ids.append(event.token_id)
-            if event.token_id != event.stop_token_id:
-                finish = self._detokenize(event.token_id)
-        if finish is None and event.finish_reason is not None:
-            finish = self._finish_of(event)
-        self._news.set()
+    @property
+    def outcome(self) -> str:
+        """Why the first choice finished, in the word of its finish reason."""
+        finish = self.choices[0].finish
+        assert finish is not None, "asked for once all have finished"
+        return finish.reason.value
+
+    def clock(self, choice: Choice, now: float) -> float | None:
+        """Note a token of a choice; seconds since the one before, None for its first."""
+        since = None if choice.last_token_at is None else now - choice.last_token_at
+        choice.last_token_at = self.last_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
+        return since
+
+    def accept(self, choice: Choice, event: TokenEvent) -> Finish | None:
+        """Take in one event of the engine; returns how the choice is to finish, if it is."""
+        finish = choice.accept(event)
+        if choice.index == 0:
+            if event.cached_tokens is not None:
+                self.cached_tokens = event.cached_tokens
+            if event.queue_ms is not None:
+                self.queue_ms = 1e3 * (self.sent_at - self.arrived) + event.queue_ms
+        self._announce(choice)
         return finish
 
-    def end(self, finish: Finish | None = None, error: RequestError | None = None) -> None:
-        """Nothing more will come; the reader gets what is left, then `finish` or `error`."""
-        if finish and self._detokenizer:
-            self._text.append(self._detokenizer.finish())
-            # Text held back until now can still complete a stop string.
-            finish = self._stop_string_finish() or finish
-        self._finish, self._error = finish, error
+    def finish(self, choice: Choice, finish: Finish) -> None:
+        """Nothing more will come for this choice."""
+        choice.end(finish)
+        self._num_unfinished -= 1
+        self._announce(choice)
+
+    def fail(self, error: RequestError) -> None:
+        """Nothing more will come at all; the reader gets what is left, then the error."""
+        self._error = error
         self._news.set()
 
     async def next_chunk(self) -> Chunk:
-        """Everything since the last call, waiting for news; at last `finish`, or raises the error.
+        """What is new of one choice, waiting for news; the very last with `usage`, or raises the error.
 
         There is always an end to wait for: the gateway ends requests of silent replicas.
         """
-        await self._news.wait()
-        if self._error is None:
+        while not self._ready:
+            if self._error is not None:
+                raise self._error
             self._news.clear()
-        elif self.num_unread == 0:
-            raise self._error
-        new_ids = tuple(self.token_ids[self._num_taken :])
-        self._num_taken = len(self.token_ids)
-        text = "".join(self._text)
-        self._text.clear()
-        usage = self._usage() if self._finish else None
-        return Chunk(text=text, token_ids=new_ids, finish=self._finish, usage=usage)
+            await self._news.wait()
+        choice = self._ready.popleft()
+        choice.queued = False
+        chunk = choice.take()
+        if self.all_finished and not self._ready:
+            return replace(chunk, usage=self._usage())
+        return chunk
 
-    def _detokenize(self, token_id: int) -> Finish | None:
-        if self._detokenizer is None:
-            return None
-        self._text.append(self._detokenizer.add(token_id))
-        return self._stop_string_finish()
-
-    def _stop_string_finish(self) -> Finish | None:
-        if self._detokenizer is None or self._detokenizer.stop_string is None:
-            return None
-        return Finish(reason=FinishReason.STOP, stop_string=self._detokenizer.stop_string)
-
-    def _finish_of(self, event: Event) -> Finish:
-        reason = FinishReason(event.finish_reason or "")
-        if event.stop_token_id is None:
-            return Finish(reason=reason)
-        if event.stop_token_id in self.params.stop_token_ids:
-            return Finish(reason=reason, stop_token_id=event.stop_token_id)
-        return Finish(reason=reason, eos_token_id=event.stop_token_id)
+    def _announce(self, choice: Choice) -> None:
+        if not choice.queued:
+            choice.queued = True
+            self._ready.append(choice)
+            self._news.set()
 
     def _usage(self) -> Usage:
         now = time.monotonic()
         return Usage(
-            prompt_tokens=len(self.prompt_ids),
-            completion_tokens=len(self.token_ids),
-            ttft_ms=1e3 * ((self._first_token_at or now) - self._arrived),
-            total_ms=1e3 * (now - self._arrived),
+            prompt_tokens=self.info.num_tokens,
+            completion_tokens=self.num_completion_tokens,
+            ttft_ms=1e3 * ((self.first_token_at or now) - self.arrived),
+            total_ms=1e3 * (now - self.arrived),
+            cached_tokens=self.cached_tokens,
+            queue_ms=1e3 * (now - self.arrived) if self.queue_ms is None else self.queue_ms,
         )

@@ -7,14 +7,13 @@ from typing import Any
 import grpc.aio
 
 from cluster.server.gateway import Gateway
+from cluster.server.inference_messages import Answer, chunk_message, read_chat, read_request
 from cluster.server.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.server.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
-from cluster.server.request import Chunk, Finish, GenerationRequest, PromptInfo, Usage
 from cluster.server.status import statuses
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 
-_SCALARS = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "ignore_eos")
 # A client without a deadline is reported as one that waits for centuries.
 _FOREVER_S = 1e8
 
@@ -28,96 +27,42 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         self._gateway = gateway
 
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> pb.GenerateResponse:
-        response = pb.GenerateResponse()
-        texts: list[str] = []
+        answer = Answer()
         async with statuses(context):
-            asked = _read(request, context.time_remaining())
+            asked = read_request(request, _deadline_s(context), _traceparent(context))
             async with aclosing(self._gateway.generate(asked)) as chunks:
                 async for chunk in chunks:
-                    texts.append(chunk.text)
-                    response.token_ids.extend(chunk.token_ids)
-                    _write_facts(response, chunk)
-        response.text = "".join(texts)
-        return response
+                    answer.add(chunk)
+        return answer.message()
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: _Context
     ) -> AsyncIterator[pb.GenerateChunk]:
         async with statuses(context):
-            asked = _read(request, context.time_remaining())
+            asked = read_request(request, _deadline_s(context), _traceparent(context))
             async with aclosing(self._gateway.generate(asked)) as chunks:
                 async for chunk in chunks:
-                    message = pb.GenerateChunk(text=chunk.text, token_ids=chunk.token_ids)
-                    _write_facts(message, chunk)
-                    yield message
+                    yield chunk_message(chunk)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         response = pb.TokenizeResponse()
         async with statuses(context):
             special = request.add_special_tokens or not request.HasField("add_special_tokens")
             model = request.model if request.HasField("model") else None
-            response.token_ids.extend(await self._gateway.tokenize(request.text, model, special))
+            is_chat = request.HasField("messages")
+            prompt = read_chat(request.messages) if is_chat else request.text
+            response.token_ids.extend(await self._gateway.tokenize(prompt, model, special))
         return response
 
 
-def _read(request: pb.GenerateRequest, time_remaining_s: float | None) -> GenerationRequest:
-    """The request as every front end says it; values are not judged here."""
-    sent = request.sampling
-    prompt = {None: None, "text": request.text, "token_ids": request.token_ids.ids}[
-        request.WhichOneof("prompt")
-    ]
-    if time_remaining_s is not None and time_remaining_s > _FOREVER_S:
-        time_remaining_s = None
-    return GenerationRequest(
-        prompt=prompt,
-        request_id=_given(request, "request_id"),
-        model=_given(request, "model"),
-        replica=_given(request, "data_parallel_rank"),
-        deadline_s=time_remaining_s,
-        sampling={
-            **{name: getattr(sent, name) for name in _SCALARS if sent.HasField(name)},
-            "stop": sent.stop,
-            "stop_token_ids": sent.stop_token_ids,
-        },
-    )
+def _deadline_s(context: _Context) -> float | None:
+    left_s = context.time_remaining()
+    return None if left_s is None or left_s > _FOREVER_S else left_s
 
 
-def _given(request: pb.GenerateRequest, field: Any) -> Any:
-    return getattr(request, field) if request.HasField(field) else None
-
-
-def _write_facts(message: pb.GenerateChunk | pb.GenerateResponse, chunk: Chunk) -> None:
-    if chunk.prompt:
-        message.prompt.CopyFrom(_prompt_message(chunk.prompt))
-    if chunk.finish:
-        message.finish.CopyFrom(_finish_message(chunk.finish))
-    if chunk.usage:
-        message.usage.CopyFrom(_usage_message(chunk.usage))
-
-
-def _prompt_message(info: PromptInfo) -> pb.PromptInfo:
-    return pb.PromptInfo(
-        request_id=info.request_id,
-        num_tokens=info.num_tokens,
-        seed=info.seed,
-        data_parallel_rank=info.replica,
-        max_tokens=info.max_tokens,
-    )
-
-
-def _finish_message(finish: Finish) -> pb.FinishInfo:
-    return pb.FinishInfo(
-        reason=finish.reason.name,
-        stop_token_id=finish.stop_token_id,
-        eos_token_id=finish.eos_token_id,
-        stop_string=finish.stop_string,
-    )
-
-
-def _usage_message(usage: Usage) -> pb.Usage:
-    return pb.Usage(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        ttft_ms=usage.ttft_ms,
-        total_ms=usage.total_ms,
-    )
+def _traceparent(context: _Context) -> str | None:
+    """As the client's tracing has it in the call's metadata (W3C trace context)."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "traceparent" and isinstance(value, str):
+            return value
+    return None

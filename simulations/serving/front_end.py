@@ -19,8 +19,6 @@ from cluster.server.validation import check_prompt_length
 from simulations.serving.arrivals import Arrival
 from simulations.serving.replica import Replica
 
-_RETRY_AFTER_S = 1.0
-
 
 class Request:
     """A request that was admitted, and its times in seconds of the simulation."""
@@ -54,7 +52,7 @@ class FrontEnd:
         self.first_refusal = ""
         """What the first request that was rejected or failed was told."""
         self._model = ModelInfo(name="", vocab_size=1, max_model_len=max_model_len)
-        self._table = RequestTable(max_num_queued_reqs, _RETRY_AFTER_S)
+        self._table = RequestTable(max_num_queued_reqs)
         self._homeless: list[Request] = []
 
     @property
