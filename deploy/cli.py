@@ -61,6 +61,27 @@ def serve(
 
 
 @app.command()
+def doctor(
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="YAML configuration. Default: the demo's."),
+    ] = None,
+    address: Annotated[
+        str, typer.Option(metavar="RAY", help="Ray cluster to look at. Default: this host's.")
+    ] = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """Check a Ray cluster before deploying on it: would this start, and if not, what to do.
+
+    Run it on the Ray head, or as a job there. Exits 1 when something is to be fixed first.
+    """
+    from deploy.doctor.command import doctor_command
+
+    raise typer.Exit(doctor_command(config, overrides or [], address, json_file))
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     endpoint: Annotated[str, typer.Option(help="Where the cluster answers.")] = "127.0.0.1:50051",
@@ -370,6 +391,67 @@ def bench_rebalance(
 
     load = Load(requests=requests, concurrency=concurrency, max_tokens=max_tokens)
     raise typer.Exit(rebalance_command(overrides or [], load, picture, json_file))
+
+
+@bench.command("serve")
+def bench_serve(
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE")] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="A server that runs. Default: a cluster of our own.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Users of a closed loop.")] = 64,
+    rate: Annotated[
+        float | None, typer.Option(help="Instead: requests a second of an open loop.")
+    ] = None,
+    burstiness: Annotated[float, typer.Option(help="Of an open loop; 1 is Poisson.")] = 1.0,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Of each round. Default: 3 for each user.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Tokens: MEAN or MEAN:SPREAD (lognormal).")] = "32",
+    output: Annotated[str, typer.Option(help="Tokens of answers, likewise.")] = "64",
+    prefixes: Annotated[int, typer.Option(min=0, help="Beginnings that prompts share.")] = 0,
+    prefix_tokens: Annotated[int, typer.Option(min=0, help="Tokens of each of them.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same requests.")] = 0,
+    slo_ttft_ms: Annotated[float | None, typer.Option(help="First token within.")] = None,
+    slo_tpot_ms: Annotated[float | None, typer.Option(help="Each further one within.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Figures are medians of these.")] = 3,
+    compare: Annotated[
+        bool, typer.Option(help="Also one request at a time, and transformers.")
+    ] = True,
+    json_file: JsonFile = None,
+) -> None:
+    """What clients get over gRPC: tokens a second, TTFT, TPOT, ITL, goodput.
+
+    In the same run, in turns: one request at a time, and transformers on the same processors.
+    """
+    from deploy.bench_serve import serve_command
+    from simulations.bench.serving_outcomes import Slo
+
+    raise typer.Exit(
+        serve_command(
+            {
+                "concurrency": concurrency,
+                "rate": rate,
+                "burstiness": burstiness,
+                "requests": requests,
+                "prompt": prompt,
+                "output": output,
+                "num_prefixes": prefixes,
+                "prefix_tokens": prefix_tokens,
+                "temperature": temperature,
+                "seed": seed,
+            },
+            Slo(slo_ttft_ms, slo_tpot_ms),
+            json_file,
+            rounds=rounds,
+            compare=compare,
+            endpoint=endpoint,
+            overrides=overrides or [],
+            config=config,
+        )
+    )
 
 
 @bench.command("simulator")
