@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Sequence as TokenIds
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from cluster.engine.plan import block_table
 from cluster.engine.sampling_params import SamplingParams
@@ -81,6 +81,7 @@ class Sequence:
         "num_prompt_tokens",
         "params",
         "request_id",
+        "sampler_state",
         "seq_id",
         "stop_token_ids",
         "token_ids",
@@ -101,6 +102,8 @@ class Sequence:
         self.num_computed = 0
         """Leading tokens whose keys and values are in the cache."""
         self.block_table: array[int] = block_table()
+        self.sampler_state: Any = None
+        """What the sampler remembers of the tokens; it can be made again from them."""
         self.finish_reason: FinishReason | None = None
         self.seq_id = -1
         """Order of arrival at the scheduler; -1 before."""

@@ -1,245 +1,122 @@
-"""Sampled tokens follow the closed-form distribution, the filters are those of transformers, and a
-token depends on its logits, parameters, seed and position alone."""
+"""All that a request asks of its tokens at once; and a row owes nothing to its company."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from cluster.engine.sampler import FAILED, filtered_weights, pick, sample
+from cluster.engine.draw import FAILED, draw
+from cluster.engine.sampler import Sampler
 from cluster.engine.sampling_params import SamplingParams
+from cluster.engine.sequence import Sequence
+
+V = 130
 
 
-def logits_of(seed: int, *shape: int, scale: float = 2.0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+def logits_of(seed: int, num_rows: int) -> torch.Tensor:
+    return torch.randn(num_rows, V, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    expected = probabilities * counts.sum()
-    return float(((counts - expected) ** 2 / expected).sum())
+def sequence(prompt=(1, 2), completion=(), **params) -> Sequence:
+    made = Sequence("any", list(prompt), SamplingParams(**params))
+    made.token_ids.extend(completion)
+    return made
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_frequencies_follow_softmax(temperature):
-    num, vocab_size = 40_000, 32
-    logits_V = logits_of(1, vocab_size, scale=1.0)
-    params = SamplingParams(temperature=temperature, seed=99)
-    tokens = []
-    for start in range(0, num, 4000):
-        positions = range(start, start + 4000)
-        tokens += sample(logits_V.expand(4000, -1), [params] * 4000, positions)
-    counts = np.bincount(tokens, minlength=vocab_size)
-    expected = torch.softmax(logits_V.double() / temperature, 0).numpy()
-    assert chi_square(counts, expected) < 70.0  # p = 8e-5 at 31 degrees of freedom
+def sampled(logits_NV, rows):
+    return Sampler(V, [0]).sample(logits_NV, rows)
 
 
-def test_frequencies_over_seeds_in_a_vocabulary_of_many_chunks():
-    """Rare and frequent tokens in different chunks: both levels of the search are right."""
-    vocab_size, num = 1300, 20_000
-    logits_V = torch.full((vocab_size,), -12.0)
-    some = torch.tensor([0, 3, 511, 512, 513, 1023, 1024, 1299])
-    logits_V[some] = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, 1.5, -2.0, 1.0])
-    params = [SamplingParams(seed=seed) for seed in range(num)]
-    tokens = np.array(sample(logits_V.expand(num, -1), params, [17] * num))
-    expected = torch.softmax(logits_V.double(), 0)
-    counts = np.array([(tokens == token).sum() for token in some.tolist()])
-    rest = num - counts.sum()
-    probabilities = np.append(expected[some].numpy(), 1 - expected[some].sum())
-    assert chi_square(np.append(counts, rest), probabilities) < 32.0  # p = 1e-4 at 8
+wishes = st.fixed_dictionaries(
+    {"seed": st.integers(0, 2**64 - 1)},
+    optional={
+        "temperature": st.sampled_from([0.0, 0.5, 1.0, 1.9]),
+        "top_k": st.integers(0, 9),
+        "top_p": st.sampled_from([0.3, 0.9, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.1]),
+        "repetition_penalty": st.floats(0.5, 2),
+        "presence_penalty": st.floats(-2, 2),
+        "bad_words": st.just([[3], [5, 6]]),
+        "logit_bias": st.dictionaries(st.integers(0, V - 1), st.floats(-9, 9), max_size=3),
+        "logprobs": st.integers(0, 4),
+    },
+)
 
 
-def oracle_weights(logits_V: torch.Tensor, params: SamplingParams) -> np.ndarray:
-    """transformers' processors in the order in which generate() applies them."""
-    processors = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
-    if params.top_k:
-        processors.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        processors.append(TopPLogitsWarper(params.top_p))
-    if params.min_p:
-        processors.append(MinPLogitsWarper(params.min_p))
-    return torch.softmax(processors(None, logits_V[None].double())[0], 0).numpy()
-
-
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(
-    seed=st.integers(0, 10_000),
-    vocab_size=st.integers(2, 3000),
-    scale=st.sampled_from([0.01, 1.0, 3.0, 10.0]),
-    temperature=st.floats(0.1, 3),
-    top_k=st.integers(0, 200),
-    top_p=st.floats(0.01, 1),
-    min_p=st.just(0.0) | st.floats(0, 1),
+    rows=st.lists(
+        st.tuples(wishes, st.lists(st.integers(0, V - 1), max_size=6)), min_size=1, max_size=10
+    ),
+    seed=st.integers(0, 99),
 )
-def test_filters_are_those_of_transformers(
-    seed, vocab_size, scale, temperature, top_k, top_p, min_p
-):
-    logits_V = logits_of(seed, vocab_size, scale=scale)
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    weights_V = filtered_weights(logits_V.numpy(), float(logits_V.max()), params)
-    ours = weights_V.astype(np.float64) / weights_V.sum(dtype=np.float64)
-    theirs = oracle_weights(logits_V, params)
-    ours[ours < 1e-36] = 0  # beyond fp32: nobody will ever see such a token
-    theirs[theirs < 1e-36] = 0
-    differ = np.flatnonzero((ours > 0) != (theirs > 0))
-    if len(differ):
-        # fp32 against fp64 may move a cut by one token: allowed only where the cut is that close.
-        loose, tight = (
-            oracle_weights(
-                logits_V,
-                SamplingParams(
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=min(1.0, top_p * (1 + sign * 2e-6)),
-                    min_p=min(1.0, min_p * (1 - sign * 2e-6)),
-                ),
-            )
-            for sign in (1, -1)
-        )
-        assert ((ours > 0) <= (loose > 0)).all()
-        assert ((ours > 0) >= (tight > 0)).all()
-    else:
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-36)
+def test_a_row_does_not_depend_on_its_batch(rows, seed):
+    logits_NV = logits_of(seed, len(rows))
+    before_NV = logits_NV.clone()
 
+    def fresh(row):
+        return sequence(completion=rows[row][1], **rows[row][0])
 
-def test_filters_on_numbers_worked_out_by_hand():
-    logits_V = np.log(np.array([0.1, 0.4, 0.2, 0.25, 0.05], np.float32))
-
-    def kept(**params):
-        weights_V = filtered_weights(
-            logits_V.copy(), float(logits_V.max()), SamplingParams(**params)
-        )
-        return np.flatnonzero(weights_V).tolist()
-
-    assert kept() == [0, 1, 2, 3, 4]
-    assert kept(top_k=2) == [1, 3]
-    assert kept(top_p=0.6) == [1, 3]
-    assert kept(top_p=0.7) == [1, 2, 3]
-    assert kept(top_p=0.01) == [1]
-    assert kept(min_p=0.5 - 1e-3) == [1, 2, 3]
-    assert kept(min_p=1.0) == [1]
-    # top-p goes by what top-k left: 0.4 / 0.65 reaches 0.6 alone.
-    assert kept(top_k=2, top_p=0.6) == [1]
-    # ... and not by what min-p will leave: 0.4 + 0.25 + 0.2 = 0.85 of the whole.
-    assert kept(top_p=0.8, min_p=0.6) == [1, 3]
-
-
-def test_ties_all_stay_at_top_k_and_lower_ids_first_at_top_p():
-    logits_V = np.zeros(10, np.float32)
-    for params, expected in [
-        (SamplingParams(top_k=3), list(range(10))),
-        (SamplingParams(top_p=0.35), [0, 1, 2, 3]),
-    ]:
-        assert np.flatnonzero(filtered_weights(logits_V, 0.0, params)).tolist() == expected
-
-
-mixed_params = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
-    top_k=st.sampled_from([0, 1, 5, 50]),
-    top_p=st.sampled_from([0.2, 0.9, 1.0]),
-    min_p=st.sampled_from([0.0, 0.1]),
-    seed=st.integers(0, 2**64 - 1),
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    rows=st.lists(st.tuples(mixed_params, st.integers(0, 2**40)), min_size=1, max_size=12),
-    order_seed=st.integers(0, 1000),
-    vocab_size=st.sampled_from([7, 512, 1001]),
-)
-def test_a_row_does_not_depend_on_its_batch(rows, order_seed, vocab_size):
-    params, positions = zip(*rows, strict=True)
-    logits_NV = logits_of(order_seed, len(rows), vocab_size)
-    together = sample(logits_NV, params, positions)
-    alone = [sample(logits_NV[i : i + 1], [params[i]], [positions[i]])[0] for i in range(len(rows))]
+    together = sampled(logits_NV, [fresh(row) for row in range(len(rows))])
+    alone = [sampled(logits_NV[i : i + 1], [fresh(i)])[0] for i in range(len(rows))]
     assert together == alone
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(order_seed)).tolist()
-    shuffled = sample(logits_NV[order], [params[i] for i in order], [positions[i] for i in order])
-    assert shuffled == [together[i] for i in order]
+    assert torch.equal(logits_NV, before_NV)
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    assert sampled(logits_NV[order], [fresh(i) for i in order]) == [together[i] for i in order]
 
 
-def test_weights_have_the_same_bits_at_every_memory_alignment():
-    logits_V = logits_of(3, 1001)
-    params = SamplingParams(temperature=0.7, top_p=0.95)
-    expected = filtered_weights(logits_V.numpy(), float(logits_V.max()), params)
-    for offset in range(1, 17):
-        shifted_V = torch.empty(1001 + offset)[offset:].copy_(logits_V)
-        weights_V = filtered_weights(shifted_V.numpy(), float(logits_V.max()), params)
-        assert weights_V.tobytes() == expected.tobytes()
+def test_a_sequence_goes_on_the_same_after_its_state_is_lost():
+    """Preempted or moved: a new object with the same tokens samples the same ones."""
+    wish = {"seed": 5, "presence_penalty": 1.5, "repetition_penalty": 1.2, "bad_words": [[3, 4]]}
+    sampler, steady, tokens = Sampler(V, [0]), sequence(**wish), []
+    for step in range(40):
+        logits_NV = logits_of(step, 1)
+        (one,) = sampler.sample(logits_NV, [steady])
+        (other,) = sampler.sample(logits_NV, [sequence(completion=tokens, **wish)])
+        assert one == other
+        tokens.append(one.token_id)
+        steady.token_ids.append(one.token_id)
 
 
-def test_seed_and_position_decide():
-    logits_V = torch.zeros(100_000)
-    draws = {
-        sample(logits_V[None], [SamplingParams(seed=seed)], [position])[0]
-        for seed in (1, 2, 3)
-        for position in (0, 1, 2)
-    }
-    assert len(draws) == 9
-    assert sample(logits_V[None], [SamplingParams(seed=1)], [0]) == sample(
-        logits_V[None], [SamplingParams(seed=1)], [0]
-    )
+def test_rules_decide_before_the_filters():
+    """Greedy takes the best of what is allowed; top_k counts only what is allowed."""
+    logits_NV = logits_of(1, 1)
+    best = logits_NV[0].argsort(descending=True).tolist()
+    for params in ({"temperature": 0}, {"top_k": 1}):
+        assert sampled(logits_NV, [sequence(**params)])[0].token_id == best[0]
+        banned = sequence(**params, bad_words=[[best[0]]])
+        assert sampled(logits_NV, [banned])[0].token_id == best[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_greedy_takes_the_highest_and_the_lowest_id_on_ties(dtype):
-    logits_NV = logits_of(5, 4, 1000).to(dtype)
-    logits_NV[0, [900, 17, 400]] = 50.0
-    logits_NV[1] = 0.0
-    logits_NV[2, 5:] = -torch.inf
-    greedy = SamplingParams(temperature=0, top_k=3, top_p=0.5, min_p=0.3)
-    tokens = sample(logits_NV, [greedy] * 4, range(4))
-    expected = [int(np.argmax(row)) for row in logits_NV.float().numpy()]
-    assert tokens == expected
-    assert tokens[:2] == [17, 0]
+def test_without_rules_the_token_is_that_of_draw():
+    logits_NV = logits_of(2, 9)
+    rows = [sequence(seed=seed, top_p=0.9) for seed in range(9)]
+    expected = draw(logits_NV, [row.params for row in rows], [2] * 9)
+    assert [s.token_id for s in sampled(logits_NV, rows)] == expected
 
 
-def test_tiny_temperatures_approach_greedy_without_overflow():
-    logits_NV = logits_of(6, 3, 100, scale=1000.0)
-    expected = logits_NV.argmax(1).tolist()
-    for temperature in (1e-300, 1e-6, 1.1e-5, 1e-3):
-        assert (
-            sample(logits_NV, [SamplingParams(temperature=temperature)] * 3, range(3)) == expected
-        )
+def test_logprobs_are_the_models_own_whatever_the_rules_say():
+    logits_NV = logits_of(3, 1)
+    best = int(logits_NV.argmax())
+    row = sequence(temperature=0, bad_words=[[best]], logprobs=2)
+    (one,) = sampled(logits_NV, [row])
+    expected_V = torch.log_softmax(logits_NV[0].double(), 0)
+    assert one.logprob.logprob == pytest.approx(float(expected_V[one.token_id]), abs=1e-6)
+    assert one.logprob.top_ids == (best, one.token_id)
+    assert one.logprob.rank == 2
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_without_finite_logits_fails_alone(temperature):
-    logits_NV = logits_of(7, 6, 600)
-    clean = sample(logits_NV, [SamplingParams(temperature=temperature)] * 6, range(6))
-    logits_NV[1, 599] = torch.nan
-    logits_NV[2] = -torch.inf
-    logits_NV[3, 0] = torch.inf
-    logits_NV[4] = torch.nan
-    tokens = sample(logits_NV, [SamplingParams(temperature=temperature)] * 6, range(6))
-    assert tokens == [clean[0], FAILED, FAILED, FAILED, FAILED, clean[5]]
-
-
-def test_impossible_tokens_are_never_drawn():
-    logits_NV = torch.full((200, 1030), -torch.inf)
-    logits_NV[:, [513, 1029]] = 0.0
-    tokens = sample(logits_NV, [SamplingParams(seed=s) for s in range(200)], [3] * 200)
-    assert set(tokens) == {513, 1029}
-
-
-@pytest.mark.parametrize("first", [0, 511, 512, 1500])
-def test_the_ends_of_the_unit_interval_pick_the_first_and_last_possible_token(first):
-    weights_V = np.zeros(3000, np.float32)
-    weights_V[[first, first + 1, 2048]] = [1 / 3, 1e-20, 0.1]
-    assert pick(weights_V, 0.0) == first
-    assert pick(weights_V, 1 - 2.0**-53) == 2048
-
-
-def test_empty_batch_and_wrong_lengths():
-    assert sample(torch.zeros(0, 10), [], []) == []
-    with pytest.raises(ValueError, match="2 rows of logits, 1 params, 2 positions"):
-        sample(torch.zeros(2, 10), [SamplingParams()], [0, 1])
+def test_rules_that_leave_nothing_fail_alone_and_say_so():
+    logits_NV = logits_of(4, 4)
+    logits_NV[2, 7] = torch.nan
+    impossible = sequence(allowed_token_ids=[9], bad_words=[[9]])
+    # What the model gave is no distribution, though the rules hide where it is not.
+    hidden = sequence(allowed_token_ids=[9])
+    rows = [sequence(seed=1), impossible, hidden, sequence(seed=2, logprobs=0)]
+    first, second, third, fourth = sampled(logits_NV, rows)
+    assert (second.token_id, third.token_id) == (FAILED, FAILED)
+    assert "leave no token" in second.error
+    assert third.error is None
+    assert first == sampled(logits_NV[:1], rows[:1])[0]
+    assert fourth.logprob.token_id == fourth.token_id
