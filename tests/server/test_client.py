@@ -32,7 +32,7 @@ def test_wait_ready_without_a_server_says_so():
     with socket.socket() as taken:  # bound but not listening: nobody else gets the port
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with Client(address) as client:
+        with Client(address, max_retries=0) as client:
             with pytest.raises(TimeoutError, match=rf"{address} was not ready .*UNAVAILABLE"):
                 client.wait_ready(0.5)
             with pytest.raises(ClientError) as caught:
