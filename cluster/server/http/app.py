@@ -1,0 +1,43 @@
+"""The HTTP application: all routes over one gateway."""
+
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+
+from cluster.server.gateway import Gateway
+from cluster.server.http.chat_completions import chat_routes
+from cluster.server.http.completions import completion_routes
+from cluster.server.http.door import Door
+from cluster.server.http.errors import respond_with_errors
+from cluster.server.http.info import info_routes, open_routes, token_routes
+from cluster.server.http.live import live_routes
+from cluster.server.live_state import LiveState
+from cluster.server.metrics import Metrics
+from cluster.server.security import Credentials
+from cluster.server.tokenizer import TokenTexts
+
+
+def make_app(
+    gateway: Gateway, credentials: Credentials, metrics: Metrics | None, live: LiveState | None
+) -> Any:
+    """An ASGI application; runs in the gateway's event loop."""
+
+    async def authorized(request: Request) -> None:
+        credentials.check_user(request.headers.get("authorization"))
+
+    # No pages of documentation: theirs load scripts from other hosts.
+    app = FastAPI(title="expertmesh", docs_url=None, redoc_url=None)
+    respond_with_errors(app)
+    texts = TokenTexts(gateway.tokenizer)
+    guarded = [
+        completion_routes(gateway, texts),
+        chat_routes(gateway, texts),
+        info_routes(gateway, metrics),
+        token_routes(gateway),
+    ]
+    app.include_router(open_routes(gateway))
+    for routes in guarded:
+        app.include_router(routes, dependencies=[Depends(authorized)])
+    if live:
+        app.include_router(live_routes(live, authorized))
+    return Door(app, gateway.config.server.max_message_mib << 20)

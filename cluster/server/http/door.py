@@ -1,0 +1,60 @@
+"""What every HTTP request passes on its way in: an id, and limits of its body."""
+
+import asyncio
+import uuid
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_BODY_TIMEOUT_S = 60.0
+
+
+class Door:
+    """ASGI middleware; the request's id is in `scope["state"]["request_id"]` and in the answer."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = sent or uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        header = (b"x-request-id", request_id.encode("latin-1"))
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), header]
+            await send(message)
+
+        await self._app(scope, _Limited(receive, self._max_body_bytes), send_with_id)
+
+
+class _Limited:
+    """`receive` that refuses a body which is too large, or too slow to be honest."""
+
+    def __init__(self, receive: Receive, max_bytes: int) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._complete = False
+
+    async def __call__(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(_BODY_TIMEOUT_S):
+                message: Any = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, "the body did not come") from None
+        self._num_bytes += len(message.get("body", b""))
+        if self._num_bytes > self._max_bytes:
+            raise HTTPException(
+                413, f"the body is larger than server.max_message_mib = {self._max_bytes >> 20}"
+            )
+        self._complete = not message.get("more_body", False)
+        return dict(message)

@@ -1,0 +1,128 @@
+"""The HTTP server: an OpenAI-compatible API, metrics and the live page on one port."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from cluster.config import ConfigError, ServeConfig
+from cluster.server.gateway import Gateway
+from cluster.server.live_state import LiveState
+from cluster.server.metrics import Metrics
+from cluster.server.security import Credentials
+
+if TYPE_CHECKING:
+    import uvicorn
+
+_START_TIMEOUT_S = 10.0
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 75
+"""Longer than clients keep idle connections, so that it is they who close them."""
+
+
+class HttpServer:
+    """Serves from `start` to `stop`; runs in the gateway's event loop."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        config: ServeConfig,
+        credentials: Credentials,
+        metrics: Metrics | None = None,
+        live: LiveState | None = None,
+    ) -> None:
+        self._gateway = gateway
+        self._config = config.server
+        self._credentials = credentials
+        self._metrics = metrics
+        self._live = live
+        self._server: uvicorn.Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Listen and return the bound port; raises ConfigError if that cannot be done."""
+        try:
+            import uvicorn
+
+            from cluster.server.http.app import make_app
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"server.http_port needs {error.name}: pip install 'expertmesh[http]', or set it to "
+                "null for gRPC only"
+            ) from None
+        app = make_app(self._gateway, self._credentials, self._metrics, self._live)
+        listener = self._listen()
+        self._server = _quiet(uvicorn)(uvicorn.Config(app, **self._options()))
+        self._serving = asyncio.create_task(
+            self._server.serve(sockets=[listener]), name="http-server"
+        )
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            while not self._server.started and not self._serving.done():
+                await asyncio.sleep(0.005)
+        if self._serving.done():
+            await self._serving
+        port: int = listener.getsockname()[1]
+        return port
+
+    async def stop(self, grace_s: float = 1.0) -> None:
+        """Take no more connections, give running requests `grace_s` seconds, then cancel them."""
+        if self._server and self._serving:
+            server, self._server = self._server, None
+            server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]
+            server.should_exit = True
+            await self._serving
+
+    def _listen(self) -> socket.socket:
+        host, port = self._config.host, self._config.http_port or 0
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            listener = socket.socket(family, kind)
+            try:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+            except OSError:
+                listener.close()
+                raise
+        except OSError as error:
+            raise ConfigError(
+                f"server.host, server.http_port: cannot listen on {host}:{port}: {error}"
+            ) from None
+        return listener
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "lifespan": "off",
+            "ws": "none",
+            "access_log": False,
+            "log_config": None,
+            "log_level": "warning",
+            "server_header": False,
+            "proxy_headers": False,
+            "backlog": _BACKLOG,
+            "timeout_keep_alive": _KEEP_ALIVE_S,
+            "limit_concurrency": self._config.max_concurrent_rpcs,
+            "http": "h11",
+            "h11_max_incomplete_event_size": self._config.max_metadata_kib << 10,
+        }
+        tls = self._credentials.tls_files
+        if tls:
+            options |= {"ssl_certfile": tls.cert, "ssl_keyfile": tls.key}
+            if tls.client_ca:
+                required = ssl.CERT_REQUIRED
+                options |= {"ssl_ca_certs": tls.client_ca, "ssl_cert_reqs": required}
+        return options
+
+
+def _quiet(uvicorn: Any) -> Any:
+    """uvicorn's server without its signal handlers: signals belong to whoever runs the event loop."""
+
+    class Server(uvicorn.Server):  # type: ignore[misc]
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    return Server
