@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from cluster.config import ServeConfig
 from cluster.rebalancer import Rebalancer
 from cluster.server.gateway import Gateway
+from cluster.server.observability import Observability
 from cluster.server.request import ModelInfo
 from cluster.server.security import Credentials
 from cluster.server.service import GrpcServer
@@ -36,8 +37,13 @@ class FrontEnd:
         gateway_host: str,
         host_name: str,
     ) -> None:
+        self._observability = Observability(config, model_info)
         self.gateway = Gateway(
-            config, load_tokenizer(config.model), model_info, bind_host=gateway_host
+            config,
+            load_tokenizer(config.model),
+            model_info,
+            bind_host=gateway_host,
+            observer=self._observability.observer,
         )
         self._config = config
         self._credentials = credentials
@@ -50,6 +56,7 @@ class FrontEnd:
         Raises ConfigError where an address cannot be used, or an optional library is missing.
         """
         server = self._config.server
+        self._observability.metrics.watch(self.gateway, rebalancer)
         grpc = GrpcServer(self.gateway, self._config, rebalancer, self._credentials)
         grpc_port = await grpc.start()
         self._servers.append(grpc)
@@ -63,13 +70,15 @@ class FrontEnd:
         """Refuse new calls and end those that are left, a second later."""
         while self._servers:
             await self._servers.pop().stop(1.0)
+        await self._observability.close()
 
     async def _start_http(self, rebalancer: Rebalancer | None) -> int:
         from cluster.server.http.server import (  # type: ignore[import-not-found, unused-ignore]
             HttpServer,
         )
 
-        http = HttpServer(self.gateway, self._config, self._credentials, None, None, rebalancer)
+        metrics = self._observability.metrics
+        http = HttpServer(self.gateway, self._config, self._credentials, metrics, None, rebalancer)
         port: int = await http.start()
         self._servers.append(http)
         return port

@@ -9,18 +9,16 @@ metric tells an operator.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
 from cluster.config import ServeConfig
-from cluster.rebalancer import Rebalancer
 from cluster.server import wire
 from cluster.server.errors import Code
 from cluster.server.expert_metrics import ExpertMetrics
-from cluster.server.gateway import Gateway
 from cluster.server.in_flight import InFlight
 from cluster.server.leaders import Replica
 from cluster.server.metric_families import PREFIX
@@ -42,6 +40,10 @@ REQUEST_S = (
 )  # fmt: skip
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CHOICES = (1, 2, 5, 10, 20)
+
+if TYPE_CHECKING:
+    from cluster.rebalancer import Rebalancer
+    from cluster.server.gateway import Gateway
 
 M = TypeVar("M", bound=MetricWrapperBase)
 
@@ -126,8 +128,8 @@ class Metrics(Observer):
         first, last = request.first_token_at, request.last_token_at
         if first is None or last is None:
             return
-        queue_s = (request.queue_ms or 0.0) / 1e3
-        prefill_s = max(0.0, first - request.arrived - queue_s)
+        queue_s = min((request.queue_ms or 0.0) / 1e3, first - request.arrived)
+        prefill_s = first - request.arrived - queue_s
         self._request_s[engine].observe(last - request.arrived)
         self._queue_s[engine].observe(queue_s)
         self._prefill_s[engine].observe(prefill_s)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Tracer
 
 SERVICE_NAME = "expertmesh"
+EXPORT_TIMEOUT_S = 5
 
 
 class RequestSpans(Observer):
@@ -94,9 +95,9 @@ class RequestSpans(Observer):
 def phases(request: InFlight) -> list[tuple[str, float, float]]:
     """(name, start, end) in `time.monotonic()` seconds of the phases that the request came to."""
     first, last = request.first_token_at, request.last_token_at
-    if request.queue_ms is None or first is None or last is None:
+    if first is None or last is None:
         return []
-    begun = min(first, request.arrived + request.queue_ms / 1e3)
+    begun = min(first, request.arrived + (request.queue_ms or 0.0) / 1e3)
     return [
         ("queue", request.arrived, begun),
         ("prefill", begun, first),
@@ -136,6 +137,8 @@ def _provider(endpoint: str) -> Any:
     provider = TracerProvider(
         resource=Resource.create({"service.name": SERVICE_NAME}), shutdown_on_exit=False
     )
-    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https://"))
+    exporter = OTLPSpanExporter(
+        endpoint=endpoint, insecure=not endpoint.startswith("https://"), timeout=EXPORT_TIMEOUT_S
+    )
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster.config import ServeConfig
+from cluster.server.chat import ChatTemplate
 from cluster.server.client import Client
 from cluster.server.gateway import Gateway
+from cluster.server.observer import NO_OBSERVER
+from cluster.server.observability import Observability
 from cluster.server.request import ModelInfo
 from cluster.server.service import GrpcServer
 from tests.server.stub_leader import StubLeader
@@ -34,10 +37,17 @@ def byte_level_tokenizer():
 
 
 class Serving:
-    """What a test sees: `client`, `leaders`, `gateway`, and `call` to run code in its event loop."""
+    """What a test sees: `client`, `leaders`, `gateway`, `metrics`, and `call` to run in its event loop."""
 
     def __init__(
-        self, overrides, num_replicas, step_s, eos_token_ids, tokenizer, make_rebalancer=None
+        self,
+        overrides,
+        num_replicas,
+        step_s,
+        eos_token_ids,
+        tokenizer,
+        make_rebalancer=None,
+        observer=NO_OBSERVER,
     ):
         self.config = ServeConfig.from_dict(
             {
@@ -50,6 +60,8 @@ class Serving:
         self.tokenizer = tokenizer
         self.rebalancer = None
         self._make_rebalancer = make_rebalancer
+        self._observer = observer
+        self._template = ChatTemplate.load(self.config.model, self.config.chat)
         self.leaders = [
             StubLeader(idx, VOCAB_SIZE, eos_token_ids, step_s) for idx in range(num_replicas)
         ]
@@ -66,7 +78,11 @@ class Serving:
             architecture="StubForCausalLM",
             dtype="float32",
         )
-        self.gateway = Gateway(self.config, self.tokenizer, model)
+        self.observability = Observability(self.config, model)
+        self.metrics = self.observability.metrics
+        self.gateway = Gateway(
+            self.config, self.tokenizer, model, observer=self.observability.observer
+        )
         address = await self.gateway.start()
         for idx, leader in enumerate(self.leaders):
             self.gateway.attach(idx, leader.address)
@@ -74,13 +90,14 @@ class Serving:
         if self._make_rebalancer:
             self.rebalancer = self._make_rebalancer(self.config.eplb_config, self.gateway)
             self.rebalancer.start()
+        self.metrics.watch(self.gateway, self.rebalancer)
         self.server = GrpcServer(self.gateway, self.config, self.rebalancer)
         return await self.server.start()
 
     def start(self, ready):
         port = self.call(self._start())
         self.address = f"127.0.0.1:{port}"
-        self.client = Client(self.address, timeout_s=PATIENCE_S)
+        self.client = Client(self.address, timeout_s=PATIENCE_S, max_retries=0)
         if ready:
             self.do(self.gateway.set_ready, True)
 
@@ -105,8 +122,11 @@ class Serving:
         if self.rebalancer:
             self.call(self.rebalancer.stop())
         self.call(self.gateway.stop())
+        self.call(self.observability.close())
         for leader in self.leaders:
             leader.close()
+        if self._template:
+            self._template.close()
         self.call(self._loop.shutdown_asyncgens())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(PATIENCE_S)
@@ -122,10 +142,14 @@ def serve(
     ready=True,
     with_tokenizer=True,
     make_rebalancer=None,
+    observer=NO_OBSERVER,
 ):
-    """`make_rebalancer(eplb_config, gateway)`, where given, answers for the experts."""
+    """`make_rebalancer(eplb_config, gateway)`, where given, answers for the experts.
+
+    With the override chat.template=plain, it takes chats.
+    """
     tokenizer = byte_level_tokenizer() if with_tokenizer else None
-    serving = Serving(overrides, num_replicas, step_s, eos, tokenizer, make_rebalancer)
+    serving = Serving(overrides, num_replicas, step_s, eos, tokenizer, make_rebalancer, observer)
     serving.start(ready)
     try:
         yield serving
