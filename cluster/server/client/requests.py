@@ -60,15 +60,15 @@ def build_tokenize(text: str | Sequence[Mapping[str, Any]], **options: Any) -> p
 
 
 def _write_prompt(request: pb.GenerateRequest, prompt: Any, chat: dict[str, Any]) -> None:
-    if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping | pb.ChatMessage):
-        request.messages.CopyFrom(_messages(prompt, chat))
-        return
-    if chat:
-        raise ValueError(f"{next(iter(chat))!r} is for prompts of messages")
     if isinstance(prompt, str):
         request.text = prompt
+    elif len(prompt) and isinstance(prompt[0], Mapping | pb.ChatMessage):
+        request.messages.CopyFrom(_messages(prompt, chat))
+        return
     else:
         request.token_ids.CopyFrom(pb.TokenIds(ids=prompt))
+    if chat:
+        raise ValueError(f"{next(iter(chat))!r} is for prompts of messages")
 
 
 def _messages(messages: Sequence[Any], options: dict[str, Any]) -> pb.ChatMessages:
