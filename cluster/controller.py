@@ -20,6 +20,7 @@ from cluster.engine.runner import max_model_len
 from cluster.front_end import Endpoints, FrontEnd
 from cluster.model.config import ModelConfig
 from cluster.rebalancer import ExpertFacts, Rebalancer
+from cluster.server.chat import ChatTemplate
 from cluster.server.gateway import Gateway
 from cluster.server.request import ModelInfo
 from cluster.server.security import Credentials
@@ -66,6 +67,8 @@ class Controller:
         say) when loading fails.
         """
         credentials = Credentials.load(self._config.server)
+        # Read again where chats are served; here, so that a bad one is refused before weights are read.
+        ChatTemplate.load(self._config.model, self._config.chat)
         model_config = ModelConfig.from_dir(self._config.model)
         try:
             await self._place_workers()

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from cluster.config import ServeConfig
 from cluster.rebalancer import Rebalancer
+from cluster.server.chat import ChatTemplate
 from cluster.server.gateway import Gateway
 from cluster.server.observability import Observability
 from cluster.server.request import ModelInfo
@@ -38,12 +39,14 @@ class FrontEnd:
         host_name: str,
     ) -> None:
         self._observability = Observability(config, model_info)
+        self._template = ChatTemplate.load(config.model, config.chat)
         self.gateway = Gateway(
             config,
             load_tokenizer(config.model),
             model_info,
             bind_host=gateway_host,
             observer=self._observability.observer,
+            chat=self._template,
         )
         self._config = config
         self._credentials = credentials
@@ -63,7 +66,7 @@ class FrontEnd:
         url = None
         if server.http_port is not None:
             scheme = "http" if self._credentials.tls_files is None else "https"
-            url = f"{scheme}://{self._address(await self._start_http(rebalancer))}"
+            url = f"{scheme}://{self._address(await self._start_http())}"
         return Endpoints(self._address(grpc_port), url)
 
     async def stop(self) -> None:
@@ -71,14 +74,14 @@ class FrontEnd:
         while self._servers:
             await self._servers.pop().stop(1.0)
         await self._observability.close()
+        if self._template:
+            self._template.close()
 
-    async def _start_http(self, rebalancer: Rebalancer | None) -> int:
-        from cluster.server.http.server import (  # type: ignore[import-not-found, unused-ignore]
-            HttpServer,
-        )
+    async def _start_http(self) -> int:
+        from cluster.server.http.server import HttpServer
 
         metrics = self._observability.metrics
-        http = HttpServer(self.gateway, self._config, self._credentials, metrics, None, rebalancer)
+        http = HttpServer(self.gateway, self._config, self._credentials, metrics)
         port: int = await http.start()
         self._servers.append(http)
         return port
