@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import metadata
 from typing import Any
@@ -24,6 +24,9 @@ _MAX_DRAIN_S = 86_400.0
 _CHUNK_BYTES = 1 << 20
 
 _Context = grpc.aio.ServicerContext[Any, Any]
+TraceSteps = Callable[[int | None, float | None], AsyncIterator[bytes]]
+"""Records so many steps of all ranks within so many seconds (None: its defaults): a file in pieces. Raises
+RequestError."""
 
 
 class ControlServicer(pb_grpc.ControlServicer):
@@ -34,11 +37,13 @@ class ControlServicer(pb_grpc.ControlServicer):
         gateway: Gateway,
         rebalancer: Rebalancer | None = None,
         credentials: Credentials = EVERYBODY,
+        trace_steps: TraceSteps | None = None,
     ) -> None:
         self._gateway = gateway
         self._balance = rebalancer
         self._started = time.monotonic()
         self._credentials = credentials
+        self._trace_steps = trace_steps
 
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: _Context
@@ -55,6 +60,7 @@ class ControlServicer(pb_grpc.ControlServicer):
             num_replicas=parallel.num_replicas,
             uptime_s=time.monotonic() - self._started,
             rebalancing=self._balance.state if self._balance else "off: no rank can be asked",
+            presets=self._gateway.presets,
         )
 
     async def GetModelInfo(
@@ -83,6 +89,12 @@ class ControlServicer(pb_grpc.ControlServicer):
                     kv_usage=replica.stats.kv_usage,
                     step=replica.stats.step,
                     last_heard_s=now - replica.last_heard,
+                    kv_blocks_used=replica.stats.kv_blocks_used,
+                    kv_blocks_cached=replica.stats.kv_blocks_cached,
+                    kv_blocks_total=replica.stats.kv_blocks_total,
+                    preemptions=replica.stats.preemptions,
+                    prefix_queries=replica.stats.prefix_queries,
+                    prefix_hits=replica.stats.prefix_hits,
                 )
                 for replica in self._gateway.replicas
             ]
@@ -132,6 +144,25 @@ class ControlServicer(pb_grpc.ControlServicer):
             data = self._rebalancer.loads.dump()
             for start in range(0, len(data), _CHUNK_BYTES):
                 yield pb.DumpExpertStatsChunk(data=data[start : start + _CHUNK_BYTES])
+
+    async def FlushCache(
+        self, request: pb.FlushCacheRequest, context: _Context
+    ) -> pb.FlushCacheResponse:
+        async with self._admin(context):
+            return pb.FlushCacheResponse(num_replicas=self._gateway.flush_cache())
+
+    async def TraceSteps(
+        self, request: pb.TraceStepsRequest, context: _Context
+    ) -> AsyncIterator[pb.TraceStepsChunk]:
+        async with self._admin(context):
+            if self._trace_steps is None:
+                raise RequestError(
+                    Code.FAILED_PRECONDITION, "this server has no ranks to ask about their steps"
+                )
+            num_steps = request.num_steps if request.HasField("num_steps") else None
+            timeout_s = request.timeout_s if request.HasField("timeout_s") else None
+            async for piece in self._trace_steps(num_steps, timeout_s):
+                yield pb.TraceStepsChunk(data=piece)
 
     @property
     def _rebalancer(self) -> Rebalancer:

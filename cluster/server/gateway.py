@@ -21,6 +21,7 @@ from cluster.config import ServeConfig
 from cluster.engine.sampling_params import SamplingParams
 from cluster.engine.sequence import TokenEvent
 from cluster.server import wire
+from cluster.server.chat import ChatTemplate
 from cluster.server.choice import Choice
 from cluster.server.errors import Code, RequestError
 from cluster.server.in_flight import InFlight
@@ -28,7 +29,7 @@ from cluster.server.leaders import LeaderLinks, Replica
 from cluster.server.least_loaded import least_loaded
 from cluster.server.observer import NO_OBSERVER, Observer
 from cluster.server.pace import Pace
-from cluster.server.prompt import Prompt, PromptReader, Template
+from cluster.server.prompt import Prompt, PromptReader
 from cluster.server.readiness import Readiness
 from cluster.server.request import (
     Chat,
@@ -66,7 +67,7 @@ class Gateway:
         model_info: ModelInfo,
         bind_host: str = "127.0.0.1",
         observer: Observer = NO_OBSERVER,
-        chat: Template | None = None,
+        chat: ChatTemplate | None = None,
     ) -> None:
         self.config = config
         self.model = model_info
@@ -104,6 +105,11 @@ class Gateway:
     @property
     def num_in_flight(self) -> int:
         return len(self._requests)
+
+    @property
+    def presets(self) -> list[str]:
+        """Names of the tasks that chats may name."""
+        return self._prompts.presets
 
     def attach(self, replica: int, leader_address: str) -> None:
         """Connect to the leader of a replica; what an earlier leader of it was doing has failed."""

@@ -3,24 +3,16 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import Tokenizer
 
+from cluster.server.chat import ChatTemplate, no_template
 from cluster.server.errors import Code, RequestError
 from cluster.server.request import Chat, ModelInfo
 
 _QUICK_CHARS = 512
 """Texts up to this length are tokenized at once: a thread would take longer than they do."""
-
-
-class Template(Protocol):
-    """What makes a prompt of messages: its text, and sampling parameters that its preset proposes.
-
-    Raises RequestError. It may take its time: it is called in a thread.
-    """
-
-    def render(self, chat: Chat) -> tuple[str, Mapping[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -36,11 +28,16 @@ class PromptReader:
     """Tokenizer and template of one model; either may be missing."""
 
     def __init__(
-        self, model: ModelInfo, tokenizer: Tokenizer | None, template: Template | None
+        self, model: ModelInfo, tokenizer: Tokenizer | None, template: ChatTemplate | None
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._template = template
+
+    @property
+    def presets(self) -> list[str]:
+        """Names of the tasks that chats may name."""
+        return sorted(self._template.presets) if self._template else []
 
     async def read(self, prompt: str | Sequence[int] | Chat) -> Prompt:
         """Raises RequestError where the model cannot take this kind of prompt."""
@@ -73,11 +70,7 @@ class PromptReader:
 
     async def _render(self, chat: Chat) -> tuple[str, Mapping[str, Any]]:
         if self._template is None:
-            raise RequestError(
-                Code.FAILED_PRECONDITION,
-                f"model {self._model.name!r} has no chat template: send text, or set chat.template "
-                "in the server's configuration",
-            )
+            raise no_template(self._model.name)
         return await asyncio.to_thread(self._template.render, chat)
 
     def _need_tokenizer(self, instead: str) -> Tokenizer:

@@ -10,7 +10,6 @@ from cluster.config import ServeConfig
 from cluster.server.chat import ChatTemplate
 from cluster.server.client import Client
 from cluster.server.gateway import Gateway
-from cluster.server.observer import NO_OBSERVER
 from cluster.server.observability import Observability
 from cluster.server.request import ModelInfo
 from cluster.server.service import GrpcServer
@@ -40,14 +39,7 @@ class Serving:
     """What a test sees: `client`, `leaders`, `gateway`, `metrics`, and `call` to run in its event loop."""
 
     def __init__(
-        self,
-        overrides,
-        num_replicas,
-        step_s,
-        eos_token_ids,
-        tokenizer,
-        make_rebalancer=None,
-        observer=NO_OBSERVER,
+        self, overrides, num_replicas, step_s, eos_token_ids, tokenizer, make_rebalancer=None
     ):
         self.config = ServeConfig.from_dict(
             {
@@ -60,7 +52,6 @@ class Serving:
         self.tokenizer = tokenizer
         self.rebalancer = None
         self._make_rebalancer = make_rebalancer
-        self._observer = observer
         self._template = ChatTemplate.load(self.config.model, self.config.chat)
         self.leaders = [
             StubLeader(idx, VOCAB_SIZE, eos_token_ids, step_s) for idx in range(num_replicas)
@@ -81,7 +72,11 @@ class Serving:
         self.observability = Observability(self.config, model)
         self.metrics = self.observability.metrics
         self.gateway = Gateway(
-            self.config, self.tokenizer, model, observer=self.observability.observer
+            self.config,
+            self.tokenizer,
+            model,
+            observer=self.observability.observer,
+            chat=self._template,
         )
         address = await self.gateway.start()
         for idx, leader in enumerate(self.leaders):
@@ -142,14 +137,13 @@ def serve(
     ready=True,
     with_tokenizer=True,
     make_rebalancer=None,
-    observer=NO_OBSERVER,
 ):
     """`make_rebalancer(eplb_config, gateway)`, where given, answers for the experts.
 
     With the override chat.template=plain, it takes chats.
     """
     tokenizer = byte_level_tokenizer() if with_tokenizer else None
-    serving = Serving(overrides, num_replicas, step_s, eos, tokenizer, make_rebalancer, observer)
+    serving = Serving(overrides, num_replicas, step_s, eos, tokenizer, make_rebalancer)
     serving.start(ready)
     try:
         yield serving
