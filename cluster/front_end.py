@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from cluster.config import ServeConfig
 from cluster.rebalancer import Rebalancer
 from cluster.server.chat import ChatTemplate
+from cluster.server.control import TraceSteps
 from cluster.server.gateway import Gateway
 from cluster.server.observability import Observability
 from cluster.server.request import ModelInfo
@@ -53,18 +54,19 @@ class FrontEnd:
         self._host_name = host_name
         self._servers: list[Any] = []
 
-    async def start(self, rebalancer: Rebalancer | None) -> Endpoints:
+    async def start(
+        self, rebalancer: Rebalancer | None, trace_steps: TraceSteps | None = None
+    ) -> Endpoints:
         """Listen; clients are told that we are not ready until `gateway.set_ready(True)`.
 
         Raises ConfigError where an address cannot be used, or an optional library is missing.
         """
-        server = self._config.server
-        self._observability.metrics.watch(self.gateway, rebalancer)
-        grpc = GrpcServer(self.gateway, self._config, rebalancer, self._credentials)
+        self._observability.watch(self.gateway, rebalancer)
+        grpc = GrpcServer(self.gateway, self._config, rebalancer, self._credentials, trace_steps)
         grpc_port = await grpc.start()
         self._servers.append(grpc)
         url = None
-        if server.http_port is not None:
+        if self._config.server.http_port is not None:
             scheme = "http" if self._credentials.tls_files is None else "https"
             url = f"{scheme}://{self._address(await self._start_http())}"
         return Endpoints(self._address(grpc_port), url)
@@ -80,8 +82,8 @@ class FrontEnd:
     async def _start_http(self) -> int:
         from cluster.server.http.server import HttpServer
 
-        metrics = self._observability.metrics
-        http = HttpServer(self.gateway, self._config, self._credentials, metrics)
+        shown = self._observability
+        http = HttpServer(self.gateway, self._config, self._credentials, shown.metrics, shown.live)
         port: int = await http.start()
         self._servers.append(http)
         return port

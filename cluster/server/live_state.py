@@ -38,17 +38,10 @@ Json = dict[str, Any]
 
 
 class LiveState(Observer):
-    """Takes samples from `start` to `stop`; `next_sample` waits for each.
+    """An observer of requests from its making; takes samples from `start` to `stop`."""
 
-    Without a rebalancer it knows nothing of experts, ranks and links.
-    """
-
-    def __init__(
-        self, config: ServeConfig, gateway: Gateway, rebalancer: Rebalancer | None = None
-    ) -> None:
+    def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        self._gateway = gateway
-        self._rebalancer = rebalancer
         self._requests: dict[str, InFlight] = {}
         self._counts = dict.fromkeys(("tokens", "prompt_tokens", "ended", "failed", "refused"), 0)
         self._ttft_s: deque[float] = deque(maxlen=LATEST)
@@ -60,7 +53,9 @@ class LiveState(Observer):
 
     # Life ---------------------------------------------------------------------------------------
 
-    def start(self) -> None:
+    def start(self, gateway: Gateway, rebalancer: Rebalancer | None = None) -> None:
+        """Without a rebalancer it knows nothing of experts, ranks and links."""
+        self._gateway, self._rebalancer = gateway, rebalancer
         self._task = asyncio.create_task(self._run(), name="live-state")
 
     async def stop(self) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from cluster.config import ServeConfig
+from cluster.rebalancer import Rebalancer
+from cluster.server.gateway import Gateway
+from cluster.server.live_state import LiveState
 from cluster.server.metrics import Metrics
 from cluster.server.observer import Observer, Observers
 from cluster.server.otel import RequestSpans
@@ -13,7 +16,7 @@ from cluster.server.request_log import RequestLog
 
 
 class Observability:
-    """`observer` is for the gateway, `metrics` for whoever shows them; `close` at the end.
+    """`observer` is for the gateway, `metrics` and `live` for the HTTP server; `close` at the end.
 
     Raises ConfigError where the configuration asks for a library that is missing.
     """
@@ -22,6 +25,10 @@ class Observability:
         options = config.observability
         self.metrics = Metrics(config, model_info)
         observers: list[Observer] = [self.metrics]
+        self.live = LiveState(config) if config.server.http_port is not None else None
+        """What the live page shows; None where there is no HTTP."""
+        if self.live:
+            observers.append(self.live)
         if options.log_requests:
             observers.append(RequestLog())
         self._spans: RequestSpans | None = None
@@ -30,8 +37,16 @@ class Observability:
             observers.append(self._spans)
         self.observer: Observer = Observers(observers)
 
+    def watch(self, gateway: Gateway, rebalancer: Rebalancer | None) -> None:
+        """Where to look for what observers are not told."""
+        self.metrics.watch(gateway, rebalancer)
+        if self.live:
+            self.live.start(gateway, rebalancer)
+
     async def close(self) -> None:
         """Send the spans that are left; a collector that does not answer is waited for briefly."""
+        if self.live:
+            await self.live.stop()
         if self._spans:
             spans, self._spans = self._spans, None
             await asyncio.to_thread(spans.close)

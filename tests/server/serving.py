@@ -85,7 +85,7 @@ class Serving:
         if self._make_rebalancer:
             self.rebalancer = self._make_rebalancer(self.config.eplb_config, self.gateway)
             self.rebalancer.start()
-        self.metrics.watch(self.gateway, self.rebalancer)
+        self.observability.watch(self.gateway, self.rebalancer)
         self.server = GrpcServer(self.gateway, self.config, self.rebalancer)
         return await self.server.start()
 
