@@ -24,10 +24,12 @@ from cluster.server.chat import ChatTemplate
 from cluster.server.gateway import Gateway
 from cluster.server.request import ModelInfo
 from cluster.server.security import Credentials
+from cluster.server.step_trace import StepTracer
 from cluster.worker import Worker
+from comms.trace import Trace
 
 PLACEMENT_TIMEOUT_S = 10.0
-CONCURRENCY_GROUPS = {"watch": 1, "prepare": 1, "abandon": 1}
+CONCURRENCY_GROUPS = {"watch": 1, "prepare": 1, "abandon": 1, "trace": 2}
 """Threads of a rank beside the one that runs steps: nothing waits for a call of another kind, and
 calls of one kind keep their order."""
 LOOPBACK = "127.0.0.1"
@@ -203,7 +205,8 @@ class Controller:
             asyncio.ensure_future(worker.run.remote(gateway_address)) for worker in self._workers
         ]
         self._rebalancer = self._watch_experts(model_config, gateway)
-        endpoints = await self._front.start(self._rebalancer)
+        tracer = StepTracer([RayRank(worker) for worker in self._workers])
+        endpoints = await self._front.start(self._rebalancer, tracer.trace_file)
         gateway.set_ready(True)
         return endpoints
 
@@ -224,7 +227,7 @@ class Controller:
 
 
 class RayRank:
-    """A rank as the rebalancer asks it, see `cluster.ranks.Rank`."""
+    """A rank as the rebalancer and the tracer of steps ask it: see `cluster.ranks.Rank`, `TracedRank`."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
@@ -238,6 +241,17 @@ class RayRank:
 
     async def abandon(self, epoch: int) -> None:
         await self._call("abandon", "abandon", epoch)
+
+    async def begin_trace(self, timeout_s: float) -> int:
+        first: int = await self._call("begin_trace", "trace", timeout_s)
+        return first
+
+    async def take_trace(self, first: int, until: int, timeout_s: float) -> Trace:
+        trace: Trace = await self._call("take_trace", "trace", first, until, timeout_s)
+        return trace
+
+    async def end_trace(self) -> None:
+        await self._call("end_trace", "trace")
 
     async def _call(self, method: str, group: str, *arguments: Any) -> Any:
         """Its answer, or what it raised itself instead of Ray's report of that."""

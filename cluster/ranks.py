@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+_Rank = TypeVar("_Rank")
 _Answer = TypeVar("_Answer")
 
 
@@ -27,8 +28,8 @@ class Rank(Protocol):
 
 
 async def ask_all(
-    ranks: Sequence[Rank],
-    call: Callable[[Rank], Awaitable[_Answer]],
+    ranks: Sequence[_Rank],
+    call: Callable[[_Rank], Awaitable[_Answer]],
     done: str,
     timeout_s: float,
 ) -> list[_Answer]:

@@ -11,9 +11,11 @@ import ray
 from cluster.config import ServeConfig
 from cluster.engine.engine import Follower, Leader, build_engine
 from cluster.engine.mailbox import ZmqMailbox
+from cluster.engine.step_recorder import StepRecorder
 from comms.groups import ParallelGroups
 from comms.store import connect_store, host_store
 from comms.topology import Topology
+from comms.trace import Trace
 
 FLIP_TIMEOUT_S = 5.0
 
@@ -57,6 +59,7 @@ class Worker:
         if self._topology.tp_rank_of(self._rank) == 0:
             self._mailbox = ZmqMailbox(host)
         self._engine = build_engine(self._config, self._groups, self._mailbox)
+        self._recorder = StepRecorder(self._engine, self._groups)
         return {
             "rank": self._rank,
             "memory": self._engine.runner.memory(),
@@ -72,7 +75,7 @@ class Worker:
         gc.collect()
         gc.freeze()  # what lives as long as we do need not be looked at in the middle of a step
         try:
-            while engine.step():
+            while self._recorder.step():
                 pass
         finally:
             if self._mailbox:
@@ -99,6 +102,16 @@ class Worker:
     def abandon(self, epoch: int) -> None:
         """Forget what was prepared for `epoch`, or end its preparation."""
         self._loaded.runner.abandon(epoch)
+
+    def begin_trace(self, timeout_s: float) -> int:
+        """See `StepRecorder`, also for the next two."""
+        return self._recorder.begin(timeout_s)
+
+    def take_trace(self, first: int, until: int, timeout_s: float) -> Trace:
+        return self._recorder.take(first, until, timeout_s)
+
+    def end_trace(self) -> None:
+        self._recorder.end()
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start: see `Runner.stats`."""

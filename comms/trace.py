@@ -69,6 +69,12 @@ class Trace:
         self._spans.append(Span(stream, name, start_s, max(start_s, end_s), args))
         self._num_added += 1
 
+    def keep(self, start_s: float, end_s: float) -> None:
+        """Forget all spans but those that begin in [start_s, end_s); none of them was dropped."""
+        kept = [span for span in self._spans if start_s <= span.start_s < end_s]
+        self._spans = deque(kept, maxlen=self._spans.maxlen)
+        self._num_added = len(kept)
+
     def clear(self) -> None:
         """Forget all spans, those of a warm-up for instance."""
         self._spans.clear()

@@ -63,11 +63,7 @@ def write_trace(path: Path, traces: Sequence[Trace]) -> None:
     Raises TraceError for a path that cannot be written.
     """
     check_path(path)
-    events = [json.dumps(event, ensure_ascii=False) for event in to_events(traces)]
-    dropped = {f"rank {trace.rank}": trace.num_dropped for trace in traces if trace.num_dropped}
-    other = json.dumps({"program": "expertmesh", "dropped_spans": dropped})
-    body = ",\n".join(events)
-    text = f'{{"displayTimeUnit": "ms", "otherData": {other}, "traceEvents": [\n{body}\n]}}\n'
+    text = "".join(trace_lines(traces))
     with _as_trace_error(path):
         target = path.resolve()
         unfinished = _unfinished(target)
@@ -76,6 +72,18 @@ def write_trace(path: Path, traces: Sequence[Trace]) -> None:
             unfinished.replace(target)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def trace_lines(traces: Sequence[Trace]) -> Iterator[str]:
+    """The file's text, line by line; all of it is one JSON object."""
+    dropped = {f"rank {trace.rank}": trace.num_dropped for trace in traces if trace.num_dropped}
+    other = json.dumps({"program": "expertmesh", "dropped_spans": dropped})
+    yield f'{{"displayTimeUnit": "ms", "otherData": {other}, "traceEvents": [\n'
+    separator = ""
+    for event in to_events(traces):
+        yield separator + json.dumps(event, ensure_ascii=False)
+        separator = ",\n"
+    yield "\n]}\n"
 
 
 def to_events(traces: Sequence[Trace]) -> list[Event]:

@@ -49,7 +49,7 @@ M = TypeVar("M", bound=MetricWrapperBase)
 
 
 class Metrics(Observer):
-    """One exposition for one server, with a registry of its own. Use it from the gateway's event loop.
+    """One exposition for one server, with a registry of its own; any thread may ask for it.
 
     Without a gateway and a rebalancer, which may come later by `watch`, it has requests only.
     """

@@ -20,8 +20,9 @@ _HANDSHAKE_TIMEOUT_MS = 10_000
 class GrpcServer:
     """Serves from `start` to `stop`; runs in the gateway's event loop.
 
-    Without a rebalancer, calls about experts and their balance are refused. Credentials None: those
-    that the configuration names; ConfigError where they cannot be used.
+    Without a rebalancer, calls about experts and their balance are refused, and without `trace_steps`
+    those of that name. Credentials None: those that the configuration names; ConfigError where they
+    cannot be used.
     """
 
     def __init__(
@@ -30,9 +31,11 @@ class GrpcServer:
         config: ServeConfig,
         rebalancer: Rebalancer | None = None,
         credentials: Credentials | None = None,
+        trace_steps: control.TraceSteps | None = None,
     ) -> None:
         self._gateway = gateway
         self._rebalancer = rebalancer
+        self._trace_steps = trace_steps
         self._credentials = credentials or Credentials.load(config.server)
         self._config = config.server
         self._server: grpc.aio.Server | None = None
@@ -50,9 +53,10 @@ class GrpcServer:
         inference_pb2_grpc.add_InferenceServicer_to_server(
             inference.InferenceServicer(self._gateway), server
         )
-        control_pb2_grpc.add_ControlServicer_to_server(
-            control.ControlServicer(self._gateway, self._rebalancer, self._credentials), server
+        servicer = control.ControlServicer(
+            self._gateway, self._rebalancer, self._credentials, self._trace_steps
         )
+        control_pb2_grpc.add_ControlServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(
             health.HealthServicer(self._gateway.readiness, names), server
         )
