@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from deploy.server_options import Server, with_server
 from deploy.simulate.commands import simulate
 
 app = typer.Typer(
@@ -37,7 +38,6 @@ Overrides = Annotated[
 
 
 TestbedName = Annotated[str, typer.Option("--name", help="Which testbed, if you have several.")]
-Endpoint = Annotated[str, typer.Option(help="Where the cluster answers.")]
 
 
 @app.command()
@@ -82,9 +82,10 @@ def doctor(
 
 
 @app.command()
+@with_server
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    endpoint: Annotated[str, typer.Option(help="Where the cluster answers.")] = "127.0.0.1:50051",
+    server: Server,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")] = 1.0,
@@ -97,7 +98,7 @@ def generate(
     raise typer.Exit(
         generate_command(
             prompt,
-            endpoint=endpoint,
+            server=server,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -108,8 +109,9 @@ def generate(
 
 
 @app.command()
+@with_server
 def top(
-    endpoint: Endpoint = "127.0.0.1:50051",
+    server: Server,
     interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
 ) -> None:
@@ -119,12 +121,13 @@ def top(
     """
     from deploy.top import top_command
 
-    raise typer.Exit(top_command(endpoint, interval, once=once))
+    raise typer.Exit(top_command(server, interval, once=once))
 
 
 @app.command()
+@with_server
 def placement(
-    endpoint: Endpoint = "127.0.0.1:50051",
+    server: Server,
     layer: Annotated[
         int | None, typer.Option(min=0, help="Only this layer of the model, in full.")
     ] = None,
@@ -133,12 +136,13 @@ def placement(
     """Show which rank of a running cluster holds which experts."""
     from deploy.placement import placement_command
 
-    raise typer.Exit(placement_command(endpoint, layer, json_file))
+    raise typer.Exit(placement_command(server, layer, json_file))
 
 
 @app.command()
+@with_server
 def rebalance(
-    endpoint: Endpoint = "127.0.0.1:50051",
+    server: Server,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what it would bring.")
     ] = False,
@@ -148,9 +152,6 @@ def rebalance(
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Plan without regard to what is where.")
     ] = False,
-    admin_token_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The server's admin token, if it has one.")
-    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Move experts of a running cluster so that its ranks have equal load, and watch it happen.
@@ -161,14 +162,34 @@ def rebalance(
 
     raise typer.Exit(
         rebalance_command(
-            endpoint,
+            server,
             dry_run=dry_run,
             target=target,
             from_scratch=from_scratch,
-            token_file=admin_token_file,
             json_file=json_file,
         )
     )
+
+
+@app.command()
+@with_server
+def trace(
+    server: Server,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Steps to record.")] = 20,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=600, help="Seconds to wait for so many steps.")
+    ] = 30.0,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write it.")] = Path(
+        "trace.json"
+    ),
+) -> None:
+    """Record what every rank does in its next steps, for https://ui.perfetto.dev.
+
+    A cluster makes steps only while it has requests. It records nothing before and after.
+    """
+    from deploy.trace import trace_command
+
+    raise typer.Exit(trace_command(server, steps, timeout, out))
 
 
 @app.command()

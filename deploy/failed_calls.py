@@ -23,25 +23,25 @@ _USAGE = {
 }
 
 
-def read_token(path: Path | None) -> str | None:
-    """The admin token in a file; raises ValueError, which names the file, if there is none."""
+def read_token(option: str, path: Path | None) -> str | None:
+    """The token in a file that an option names; raises ValueError, which names the file, if there is none."""
     if path is None:
         return None
     try:
         token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--admin-token-file {path}: cannot be read: {error}") from None
+        raise ValueError(f"{option} {path}: cannot be read: {error}") from None
     if not token or not token.isascii() or not token.isprintable():
-        raise ValueError(f"--admin-token-file {path}: holds no token of printable ASCII characters")
+        raise ValueError(f"{option} {path}: holds no token of printable ASCII characters")
     return token
 
 
 def report(endpoint: str, error: ClientError) -> int:
     """Say why a call failed, and what to do; returns the exit code."""
     advice: dict[Any, str] = {
-        Code.UNAVAILABLE: "no server there? `--endpoint` names another",
+        Code.UNAVAILABLE: "no server there, or one that speaks TLS? see `--endpoint` and `--ca-file`",
         Code.DEADLINE_EXCEEDED: "connected, but the server does not answer",
-        Code.UNAUTHENTICATED: "`--admin-token-file` names the file with the server's token",
+        Code.UNAUTHENTICATED: "`--token-file` or `--admin-token-file` names the file with the token",
         Code.UNIMPLEMENTED: "the server is older than this command",
     }
     hint = f" ({advice[error.code]})" if error.code in advice else ""

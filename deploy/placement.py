@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.server.client import Client, ClientError
+from cluster.server.client import ClientError
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
 from deploy.failed_calls import TIMEOUT_S, report
 from deploy.json_file import write_json
+from deploy.server_options import Server
 
 _MAX_LINES = 100  # of tables for all layers
 _MAX_NAMED = 8  # replicated experts that a summary names
@@ -48,13 +49,13 @@ class LayerView:
         return [self.experts[i : i + size] for i in range(0, len(self.experts), size)]
 
 
-def placement_command(endpoint: str, layer: int | None, json_file: Path | None) -> int:
+def placement_command(server: Server, layer: int | None, json_file: Path | None) -> int:
     """Print and write who holds what; 2 for a layer that the model has no experts in."""
     try:
-        with Client(endpoint, TIMEOUT_S) as calls:
+        with server.client(TIMEOUT_S) as calls:
             answer = calls.placement()
     except ClientError as error:
-        return report(endpoint, error)
+        return report(server.endpoint, error)
     console = Console()
     views = layer_views(answer)
     if layer is not None:

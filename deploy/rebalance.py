@@ -15,9 +15,10 @@ from rich.text import Text
 
 from cluster.server.client import Client, ClientError
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
-from deploy.failed_calls import TIMEOUT_S, read_token, report
+from deploy.failed_calls import TIMEOUT_S, report
 from deploy.json_file import write_json
 from deploy.rebalance_effect import Outcome, as_json, effect_table, totals
+from deploy.server_options import Server
 
 _PLAN_TIMEOUT_S = 120.0
 _POLL_S = 0.25
@@ -31,19 +32,18 @@ class WatchError(Exception):
 
 
 def rebalance_command(
-    endpoint: str,
+    server: Server,
     *,
     dry_run: bool,
     target: float | None,
     from_scratch: bool,
-    token_file: Path | None,
     json_file: Path | None,
 ) -> int:
     """Plan, show the effect, and unless `dry_run` follow the moving to its end."""
     try:
         if target is not None and not (math.isfinite(target) and target >= 1):
             raise ValueError(f"--target {target:g}: must be a number of at least 1, e.g. 1.02")
-        with Client(endpoint, TIMEOUT_S, admin_token=read_token(token_file)) as calls:
+        with server.client(TIMEOUT_S) as calls:
             before = _idle(calls)
             answer = calls.rebalance(
                 dry_run=dry_run,
@@ -56,9 +56,9 @@ def rebalance_command(
         print(error, file=sys.stderr)
         return 2
     except ClientError as error:
-        return report(endpoint, error)
+        return report(server.endpoint, error)
     except WatchError as error:
-        print(f"{endpoint}: {error}", file=sys.stderr)
+        print(f"{server.endpoint}: {error}", file=sys.stderr)
         return 1
 
 

@@ -16,19 +16,24 @@ from cluster.server.client import Client, ClientError
 from deploy.failed_calls import report
 from deploy.keys import pressed_keys
 from deploy.leaving import Leaving
+from deploy.server_options import Server
 from deploy.top_frame import Frame, Snapshot
 
 _TIMEOUT_S = 3.0  # of a call; longer than any pause of a server that is well
 
 
-def top_command(endpoint: str, interval_s: float, *, once: bool) -> int:
+def top_command(server: Server, interval_s: float, *, once: bool) -> int:
     """Show the cluster until the user leaves; only once where output is no live terminal."""
     console = Console()
-    with Client(endpoint, _TIMEOUT_S) as calls:
+    try:
+        calls = server.client(_TIMEOUT_S)
+    except ClientError as error:
+        return report(server.endpoint, error)
+    with calls:
         try:
             snapshot = take_snapshot(calls)
         except ClientError as error:
-            return report(endpoint, error)
+            return report(server.endpoint, error)
         if once or not console.is_terminal or console.is_dumb_terminal:
             console.print(Frame(snapshot, Text(time.strftime("%H:%M:%S"), "dim")))
             return 0

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from deploy.placement import layer_views, placement_command
+from deploy.server_options import Server
 from router.placement import Placement
 from tests.deploy.fake_control import FakeControl, placement_message, serving
 
@@ -20,7 +21,7 @@ def show(placement, layer=None, json_file=None, layers=None):
     control = FakeControl()
     control.placement = placement_message(placement, layers)
     with serving(control) as endpoint:
-        return placement_command(endpoint, layer, json_file)
+        return placement_command(Server(endpoint), layer, json_file)
 
 
 def rows(output):
@@ -110,9 +111,9 @@ def test_no_layer_and_no_server(capsys):
     control = FakeControl()
     control.placement.ClearField("layers")
     with serving(control) as endpoint:
-        assert placement_command(endpoint, None, None) == 0
+        assert placement_command(Server(endpoint), None, None) == 0
     assert "no layer with experts" in capsys.readouterr().out
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         endpoint = f"127.0.0.1:{nobody.getsockname()[1]}"
-    assert placement_command(endpoint, None, None) == 2
+    assert placement_command(Server(endpoint), None, None) == 2
     assert endpoint in capsys.readouterr().err

@@ -12,6 +12,7 @@ from cluster.server.client import Client
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
 from deploy.rebalance import WatchError, rebalance_command, watch
 from deploy.rebalance_effect import Outcome, ranges, size
+from deploy.server_options import Server
 from tests.deploy.fake_control import FakeControl, serving, wait_until
 from tests.deploy.processes import EXPERTMESH, running
 
@@ -53,10 +54,10 @@ def effect(layer, before, after, moves):
     )
 
 
-def ask(endpoint, **options):
+def ask(endpoint, token_file=None, **options):
     given = {"dry_run": False, "target": None, "from_scratch": False} | options
-    given = {"token_file": None, "json_file": None} | given
-    return rebalance_command(endpoint, **given)
+    given = {"json_file": None} | given
+    return rebalance_command(Server(endpoint, admin_token_file=token_file), **given)
 
 
 def cells(line):

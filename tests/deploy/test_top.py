@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 
+from deploy.server_options import Server
 from deploy.top import top_command
 from tests.deploy.fake_control import FakeControl, balance, serving
 from tests.deploy.processes import EXPERTMESH, MARK, ROOT
@@ -27,7 +28,7 @@ ALTERNATE_SCREEN_OFF = "\x1b[?1049l"
 def test_once_prints_one_frame(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with serving(FakeControl()) as endpoint:
-        assert top_command(endpoint, 1.0, once=True) == 0
+        assert top_command(Server(endpoint), 1.0, once=True) == 0
     output = capsys.readouterr().out
     assert f"mosaic on {endpoint}  ready  2 x 2 ranks, TP 2  epoch 7" in output
     assert "r3     1.00 1.00 1.00 1.00 1.00  3.00 0.50 8.25" in output
@@ -37,14 +38,14 @@ def test_once_prints_one_frame(capsys, monkeypatch):
 
 def test_without_a_terminal_it_does_as_once(capsys):
     with serving(FakeControl()) as endpoint:
-        assert top_command(endpoint, 1.0, once=False) == 0
+        assert top_command(Server(endpoint), 1.0, once=False) == 0
     assert capsys.readouterr().out.count("mosaic on") == 1
 
 
 def test_a_server_that_does_not_answer_is_told_at_once(capsys):
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         endpoint = f"127.0.0.1:{nobody.getsockname()[1]}"
-    assert top_command(endpoint, 1.0, once=True) == 2
+    assert top_command(Server(endpoint), 1.0, once=True) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"{endpoint}: UNAVAILABLE")
     assert "--endpoint" in error
