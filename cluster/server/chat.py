@@ -5,14 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import jinja2
-
 from cluster.config import ChatConfig, ConfigError, PresetConfig
 from cluster.server.errors import Code, RequestError
 from cluster.server.presets import all_presets
 from cluster.server.request import Chat
 from cluster.server.template_process import TemplateError, TemplateProcess
-from cluster.server.template_worker import environment
 
 PLAIN: Final = "plain"
 """Value of `chat.template` for models without a template of their own."""
@@ -28,6 +25,8 @@ _PLAIN_TEMPLATE: Final = """\
 {%- if add_generation_prompt %}Assistant:{% endif %}"""
 _PLAIN_SAMPLING: Final = {"stop": ["\nUser:"]}
 """A model that never saw a chat goes on to write the user's part, too."""
+_NOTHING: Final = {"tools": None, "documents": None}
+"""Templates ask for these; clients cannot send them yet."""
 _TIME_LIMIT_S: Final = 2.0
 _MAX_CHARS: Final = 16 << 20
 
@@ -64,11 +63,12 @@ class ChatTemplate:
         path, template = _find(directory, config)
         if template is None:
             return None
+        found = ChatTemplate(template, special_tokens, presets)
         try:
-            environment().from_string(template)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"{path}: not a template that jinja2 can read: {error}") from None
-        return ChatTemplate(template, special_tokens, presets)
+            found.start()
+        except TemplateError as error:
+            raise ConfigError(f"{path}: this chat template {error}") from None
+        return found
 
     def render(self, chat: Chat) -> tuple[str, dict[str, Any]]:
         """The prompt, special tokens included, and defaults of SamplingParams; raises RequestError.
@@ -88,18 +88,22 @@ class ChatTemplate:
             sampling |= preset.sampling
             if all(message["role"] != "system" for message in messages):
                 messages.insert(0, {"role": "system", "content": preset.system})
-        values = {
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": True,
-            **self._special_tokens,
-            "messages": messages,
-        }
+        values: dict[str, Any] = {**self._special_tokens, **_NOTHING, "messages": messages}
+        if taken := values.keys() & chat.template_options.keys():
+            raise RequestError(
+                Code.INVALID_ARGUMENT,
+                f"template option {min(taken)!r}: this one is not the client's",
+            )
+        values |= {**chat.template_options, "add_generation_prompt": chat.add_generation_prompt}
         try:
             return self._process.render(values), sampling
         except TemplateError as error:
-            message = f"messages: the model's chat template {error}"
+            message = f"messages: the chat template {error}"
             raise RequestError(Code.INVALID_ARGUMENT, message) from None
+
+    def start(self) -> None:
+        """Be ready for the first chat; raises TemplateError for a template that cannot be used."""
+        self._process.start()
 
     def close(self) -> None:
         """End the process that renders, if one runs; the next rendering starts another."""

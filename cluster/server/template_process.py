@@ -22,11 +22,11 @@ _MAX_BYTES_PER_CHAR = 12
 
 
 class TemplateError(ValueError):
-    """The template cannot be rendered with these messages; the message says why."""
+    """The template cannot be used, or not with these values; the message goes on after "the template"."""
 
 
 class TemplateProcess:
-    """Renders from any thread, one at a time; starts on first use and again after it was ended."""
+    """Renders from any thread, one at a time; starts by itself, again after it was ended, too."""
 
     def __init__(self, template: str, *, time_limit_s: float, max_chars: int) -> None:
         self._template = template
@@ -36,17 +36,22 @@ class TemplateProcess:
         self._connection: Connection | None = None
         self._end: weakref.finalize[..., Any] | None = None
 
+    def start(self) -> None:
+        """Start now, not with the first rendering; raises TemplateError for a template with errors."""
+        with self._lock:
+            self._connect()
+
     def render(self, values: Mapping[str, Any]) -> str:
         """Raises TemplateError, also when it takes too long, grows too large or the process ends."""
+        try:
+            request = json.dumps(values).encode()
+        except RecursionError:
+            raise TemplateError("cannot take values nested so deeply") from None
         with self._lock:
-            try:
-                answer = self._ask(json.dumps(values).encode())
-            except (OSError, EOFError):
-                self.close()
-                raise TemplateError("ended its process on them") from None
-        if "error" in answer:
-            raise TemplateError(answer["error"])
-        return answer["text"]
+            text = self._ask(self._connect(), request)
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise TemplateError("writes lone surrogates, which are no characters")
+        return text
 
     def close(self) -> None:
         """End the process, if it runs."""
@@ -54,16 +59,28 @@ class TemplateProcess:
             self._end()
         self._connection = None
 
-    def _ask(self, request: bytes) -> dict[str, str]:
-        connection = self._connection or self._start()
-        connection.send_bytes(request)
-        if not connection.poll(self._time_limit_s):
+    def _ask(self, connection: Connection, message: bytes) -> str:
+        try:
+            connection.send_bytes(message)
+            if not connection.poll(self._time_limit_s):
+                self.close()
+                raise TemplateError(f"takes longer than {self._time_limit_s:g} s")
+            answer = json.loads(connection.recv_bytes(self._max_chars * _MAX_BYTES_PER_CHAR + 64))
+        except (OSError, EOFError):
             self.close()
-            raise TemplateError(f"takes longer than {self._time_limit_s:g} s on them")
-        answer = connection.recv_bytes(self._max_chars * _MAX_BYTES_PER_CHAR + 64)
-        return dict(json.loads(answer))
+            raise TemplateError("has ended its process") from None
+        if "error" in answer:
+            raise TemplateError(answer["error"])
+        return str(answer["text"])
 
-    def _start(self) -> Connection:
+    def _connect(self) -> Connection:
+        if self._connection is None:
+            connection = self._start_process()
+            self._ask(connection, self._template.encode())
+            self._connection = connection
+        return self._connection
+
+    def _start_process(self) -> Connection:
         ours, theirs = Pipe()
         arguments = [theirs.fileno(), _MEMORY_MIB, self._max_chars]
         with theirs:
@@ -75,9 +92,7 @@ class TemplateProcess:
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
-        self._connection = ours
         self._end = weakref.finalize(self, _end, process, ours)
-        ours.send_bytes(self._template.encode())
         return ours
 
 

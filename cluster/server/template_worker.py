@@ -2,7 +2,7 @@
 
 Needs nothing but jinja2, and starts quickly for that. The arguments are the number of an open
 connection, the memory that the process may take in MiB, and the most characters of an answer. The
-first message is the template, each further one the values of a rendering as JSON; each answer is
+first message is the template, each further one the values of a rendering as JSON. Each is answered by
 JSON: {"text": ...}, or {"error": ...} with what was wrong.
 """
 
@@ -49,35 +49,50 @@ def environment() -> ImmutableSandboxedEnvironment:
     return sandbox
 
 
-def render(template: jinja2.Template, values: dict[str, Any], max_chars: int) -> dict[str, str]:
-    pieces: list[str] = []
-    num_chars = 0
-    try:
+class Worker:
+    """Takes a template, then renders it as often as asked."""
+
+    def __init__(self, max_chars: int) -> None:
+        self._max_chars = max_chars
+        self._template: jinja2.Template | None = None
+
+    def answer(self, message: bytes) -> dict[str, str]:
+        try:
+            if self._template is None:
+                # What is constant in a template is computed now, so this takes as much as rendering.
+                self._template = environment().from_string(message.decode())
+                return {"text": ""}
+            return self._render(self._template, json.loads(message))
+        except MemoryError:
+            return {"error": "needs too much memory"}
+        except jinja2.TemplateSyntaxError as error:
+            return {"error": f"has an error in line {error.lineno}: {error.message}"}
+        except jinja2.TemplateError as error:
+            return {"error": f"refuses: {error.message or type(error).__name__}"}
+        except Exception as error:  # noqa: BLE001 - templates can raise anything
+            return {"error": f"fails: {type(error).__name__}: {error}"}
+
+    def _render(self, template: jinja2.Template, values: dict[str, Any]) -> dict[str, str]:
+        pieces: list[str] = []
+        num_chars = 0
         for piece in template.generate(values):
             num_chars += len(piece)
-            if num_chars > max_chars:
-                return {"error": f"makes more than {max_chars} characters of them"}
+            if num_chars > self._max_chars:
+                return {"error": f"makes more than {self._max_chars} characters"}
             pieces.append(piece)
         return {"text": "".join(pieces)}
-    except MemoryError:
-        return {"error": "needs too much memory for them"}
-    except jinja2.TemplateError as error:
-        return {"error": f"refuses them: {error.message or type(error).__name__}"}
-    except Exception as error:  # noqa: BLE001 - templates can raise anything
-        return {"error": f"fails on them: {type(error).__name__}: {error}"}
 
 
 def main(connection_fd: int, memory_mib: int, max_chars: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
+    worker = Worker(max_chars)
     with Connection(connection_fd) as connection:
-        template = environment().from_string(connection.recv_bytes().decode())
         while True:
             try:
-                request = connection.recv_bytes()
+                message = connection.recv_bytes()
             except EOFError:  # the server has ended or does not need us any more
                 return
-            answer = render(template, json.loads(request), max_chars)
-            connection.send_bytes(json.dumps(answer).encode())
+            connection.send_bytes(json.dumps(worker.answer(message)).encode())
 
 
 if __name__ == "__main__":
