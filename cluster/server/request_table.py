@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Iterable
 
 from cluster.server.choice import Choice
-from cluster.server.errors import Code, RequestError
+from cluster.server.errors import Code, RequestError, invalid
 from cluster.server.in_flight import InFlight
 
 _MAX_REMEMBERED = 4096
@@ -38,6 +38,8 @@ class RequestTable:
 
     def check_room(self, num_choices: int = 1) -> None:
         """Raise RequestError where that many choices would not find a place."""
+        if num_choices > self._limit:
+            raise invalid("n", num_choices, f"at most max_num_queued_reqs = {self._limit}")
         if self._num_places + num_choices > self._limit:
             wanted = "" if num_choices == 1 else f", and n = {num_choices} choices take as many"
             raise RequestError(

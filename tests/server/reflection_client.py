@@ -24,7 +24,7 @@ class ReflectionClient:
     def methods(self, service):
         return [method.name for method in self._pool.FindServiceByName(service).methods]
 
-    def call(self, service, method, metadata=(), **fields):
+    def call(self, service, method, /, metadata=(), **fields):
         """The answer, or the list of answers where the method streams them."""
         descriptor = self._pool.FindServiceByName(service).methods_by_name[method]
         request = json_format.ParseDict(fields, GetMessageClass(descriptor.input_type)())

@@ -12,11 +12,12 @@ from tests.server.stub_leader import NUM_CHOSEN, NUM_LAYERS, completion
 
 INFERENCE, CONTROL = "expertmesh.v1.Inference", "expertmesh.v1.Control"
 PROMPT = [5, 6, 7]
+PRESET = "{short: {system: Be brief., sampling: {temperature: 0.2, top_p: 0.95}}}"
 
 
 @pytest.fixture(scope="module")
 def serving():
-    with serve("chat.template=plain", num_replicas=2) as serving:
+    with serve("chat.template=plain", f"chat.presets={PRESET}", num_replicas=2) as serving:
         yield serving
 
 
@@ -141,7 +142,7 @@ def test_generate_stream(client):
 def test_messages(client, serving):
     messages = {
         "messages": [{"role": "user", "content": "the cat?"}],
-        "preset": "math-tutor",
+        "preset": "short",
     }
     answer = client.call(
         INFERENCE,
@@ -152,8 +153,7 @@ def test_messages(client, serving):
         data_parallel_rank=0,
     )
     text = answer["prompt"]["text"]
-    assert text.startswith("You are a patient mathematics tutor.")
-    assert text.endswith("User: the cat?\n\nAssistant:")
+    assert text == "Be brief.\n\nUser: the cat?\n\nAssistant:"
     (add,) = [m for m in serving.leaders[0].of_type("add") if m["request_id"] == "chat"]
     assert add["token_ids"] == serving.tokenizer.encode(text, add_special_tokens=False).ids
     # The request's own value counts, and the preset's where it has none.
@@ -170,7 +170,7 @@ def test_tokenize(client, serving):
 def test_facts(client):
     info = client.call(CONTROL, "GetServerInfo")
     assert info["ready"]
-    assert "math-tutor" in info["presets"]
+    assert {"math-tutor", "short"} <= set(info["presets"])
     assert client.call(CONTROL, "GetModelInfo")["vocab_size"] == VOCAB_SIZE
     assert client.call("grpc.health.v1.Health", "Check", service=INFERENCE) == {"status": "SERVING"}
 
