@@ -7,16 +7,14 @@ the model are the served ones; only the mailbox, and who decides on placements, 
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from cluster.config import ServeConfig
 from cluster.engine.batch import forward_batch
 from cluster.engine.engine import build_engine
 from cluster.engine.mailbox import Frame, LocalMailbox
-from cluster.engine.plan import PlanItem, StepPlan, block_table
+from cluster.engine.plan import Logits, PlanItem, StepPlan, block_table
 from cluster.engine.runner import Runner
 from cluster.engine.sampling_params import SamplingParams
 from cluster.model.batch import ForwardBatch
@@ -92,6 +90,5 @@ def prefill_logits(
 def _whole_prompt(prompt: Sequence[int], block_size: int) -> ForwardBatch:
     """One sequence in the cache's first blocks, with the logits of every position wanted."""
     blocks = block_table(range(-(-len(prompt) // block_size)))
-    item = PlanItem(0, tuple(prompt), 0, blocks, wants_logits=True)
-    batch = forward_batch(StepPlan((item,)), block_size)
-    return replace(batch, logit_rows=torch.arange(len(prompt)))
+    item = PlanItem(0, tuple(prompt), 0, blocks, Logits.ALL)
+    return forward_batch(StepPlan.of([item]), block_size)

@@ -9,25 +9,36 @@ placement epoch, and on stopping. A new placement, which all ranks have prepared
 every leader was told so: in the same step on all ranks, before they execute. When nobody has work
 everybody sleeps until a mailbox wakes or a heartbeat is due. A frame goes to the gateway at least once
 per heartbeat, events or not: it judges a replica's health by its silence.
+
+With `scheduler.async_scheduling` a leader executes in a thread beside its own. While that computes one
+step, the leader tells of the step before, reads mail and schedules the next; then it samples, and
+completes the plan with the tokens. To the others it is the same step, so each leader is free to do so.
 """
 
 import logging
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 
 import msgpack
 import torch
+from torch import Tensor
 
 from cluster.config import ServeConfig
+from cluster.engine.arrivals import Arrivals
 from cluster.engine.mailbox import Frame, Mailbox
+from cluster.engine.outputs import take_outputs
 from cluster.engine.plan import StepPlan
 from cluster.engine.runner import Runner, max_model_len
-from cluster.engine.sampler import sample
+from cluster.engine.sampler import Sampler
 from cluster.engine.scheduler import Scheduler, SchedulerConfig
-from cluster.engine.sequence import SamplingParams, Sequence, TokenEvent
+from cluster.engine.sequence import TokenEvent
 from comms.groups import ParallelGroups
 
 HEARTBEAT_S = 1.0
+PREPARING_S = 0.005
+"""Between two looks at whether a request is ready, when there is no other."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +56,8 @@ class Verdict:
     epoch: int
     """Of the placement that is in force from this step on."""
     stop: bool
+    preparing: bool
+    """Some leader has a request that may be ready any moment: nobody sleeps."""
 
     @property
     def run(self) -> bool:
@@ -52,70 +65,117 @@ class Verdict:
 
 
 class Leader:
-    """Owns the sequences of one DP replica; runs on TP rank 0."""
+    """Owns the sequences of one DP replica; runs on TP rank 0.
+
+    `executor`: one thread that computes while this one schedules; None: one after the other.
+    `forgets_at_flip`: the KV cache of the old placement is not what the new one would compute.
+    """
 
     def __init__(
-        self, groups: ParallelGroups, runner: Runner, scheduler: Scheduler, mailbox: Mailbox
+        self,
+        groups: ParallelGroups,
+        runner: Runner,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        mailbox: Mailbox,
+        *,
+        executor: Executor | None = None,
+        forgets_at_flip: bool = False,
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self._groups = groups
+        self._sampler = sampler
         self._mailbox = mailbox
+        self._executor = executor
+        self._forgets_at_flip = forgets_at_flip
+        self._arrivals = Arrivals(scheduler, sampler)
         self._replica = groups.topology.replica_of(groups.rank)
+        self._computing: tuple[StepPlan, Future[Tensor | None]] | None = None
         self._idle = False
         self._committed = runner.epoch
         self._stop_requested = False
         self._last_sent = 0.0
+        self._step_tokens = 0
+        self._step_ms = 0.0
 
     def step(self) -> bool:
         """One step of all replicas together; False once all were told to stop."""
-        events = self._read_mail()
         timer = self.runner.timer
+        began = monotonic()
+        with timer.phase("mail"):
+            events = self._read_mail()
         with timer.phase("schedule"):
             plan = self.scheduler.schedule()
+            self._arrivals.stamp()
+        events += self._collect()
+        with timer.phase("schedule"):
+            plan = self.scheduler.complete(plan)
         with timer.phase("broadcast"):
             verdict = self._agree(plan.num_tokens)
             header = [verdict.max_tokens, verdict.epoch, verdict.stop, plan.encode()]
             self._groups.tp.broadcast_bytes(msgpack.packb(header), 0)
         flips = verdict.epoch != self.runner.epoch
+        if flips and self._forgets_at_flip:
+            self.scheduler.forget_cache()
         self.runner.flip(verdict.epoch)
         if verdict.run:
-            logits = self.runner.execute(plan, verdict.max_tokens)
-            with timer.phase("sample"):
-                events += self._sample(plan, logits)
+            self._compute(plan, verdict.max_tokens)
         else:
             self.runner.rest()
+        if self._executor is None or verdict.stop:
+            events += self._collect()
+        self._step_tokens = plan.num_tokens
         if events or flips or monotonic() - self._last_sent >= HEARTBEAT_S:
-            self._mailbox.send(self._frame(events))
+            with timer.phase("mail"):
+                self._mailbox.send(self._frame(events))
             self._last_sent = monotonic()
-        self._idle = not verdict.run
+        self._idle = not verdict.run and (self._arrivals.preparing or not verdict.preparing)
+        self._step_ms = 1000 * (monotonic() - began)
         return not verdict.stop
+
+    def _compute(self, plan: StepPlan, max_tokens: int) -> None:
+        if self._executor is not None:
+            self._computing = plan, self._executor.submit(self.runner.execute, plan, max_tokens)
+            return
+        done: Future[Tensor | None] = Future()
+        done.set_result(self.runner.execute(plan, max_tokens))
+        self._computing = plan, done
+
+    def _collect(self) -> list[TokenEvent]:
+        """The tokens of the step that is being computed, if there is one."""
+        if self._computing is None:
+            return []
+        plan, done = self._computing
+        self._computing = None
+        logits = done.result()
+        assert logits is not None, "TP rank 0 holds the logits"
+        with self.runner.timer.phase("sample"):
+            routed = self.runner.routed_TLK
+            return take_outputs(plan, self.scheduler, self._sampler, logits, routed)
 
     def _read_mail(self) -> list[TokenEvent]:
         """Take in requests; returns the events of those that could not even be queued."""
-        events: list[TokenEvent] = []
-        sleeps = self._idle and not self.scheduler.has_work and self._committed == self.runner.epoch
-        wait_s = HEARTBEAT_S if sleeps else 0.0
-        for frame in self._mailbox.receive(wait_s):
+        events = self._arrivals.pass_on()
+        for frame in self._mailbox.receive(self._patience()):
             match frame["type"]:
                 case "add":
-                    events += self._add(frame)
+                    events += self._arrivals.add(frame)
                 case "abort":
-                    self.scheduler.abort(str(frame.get("request_id")))
+                    self._arrivals.abort(str(frame.get("request_id")))
+                case "flush_cache":
+                    self.scheduler.forget_cache()
                 case "placement":
                     self._commit(frame.get("epoch"))
                 case "stop":
                     self._stop_requested = True
         return events
 
-    def _add(self, frame: Frame) -> list[TokenEvent]:
-        try:
-            params = SamplingParams.from_dict(frame["sampling"])
-            self.scheduler.add(Sequence(frame["request_id"], frame["token_ids"], params))
-        except (KeyError, TypeError, ValueError) as error:
-            request_id = str(frame.get("request_id"))
-            return [TokenEvent(request_id, finish_reason="error", error=str(error))]
-        return []
+    def _patience(self) -> float:
+        """Seconds to wait for mail when there is nothing else to do."""
+        if not self._idle or self.scheduler.has_work or self._committed != self.runner.epoch:
+            return 0.0
+        return PREPARING_S if self._arrivals.preparing else HEARTBEAT_S
 
     def _commit(self, epoch: object) -> None:
         """All ranks are said to have prepared this epoch; it may be said more than once."""
@@ -129,10 +189,11 @@ class Leader:
             self._committed = max(self._committed, epoch)
 
     def _agree(self, num_tokens: int) -> Verdict:
-        """The lock-step vector: [tokens in my step, epoch in force, committed epoch, stop]."""
+        """The lock-step vector: [tokens in my step, epoch in force, committed epoch, stop, preparing]."""
         leaders = self._groups.leaders
         assert leaders is not None, "only leaders agree"
-        vote = [num_tokens, self.runner.epoch, self._committed, self._stop_requested]
+        preparing = self._arrivals.preparing
+        vote = [num_tokens, self.runner.epoch, self._committed, self._stop_requested, preparing]
         votes = leaders.all_gather(torch.tensor([vote]), [1] * leaders.size)
         epochs = votes[:, 1].unique().tolist()
         if len(epochs) > 1:
@@ -141,18 +202,19 @@ class Leader:
             max_tokens=int(votes[:, 0].max()),
             epoch=int(votes[:, 2].min()),
             stop=bool(votes[:, 3].all()),
+            preparing=bool(votes[:, 4].any()),
         )
-
-    def _sample(self, plan: StepPlan, logits: torch.Tensor | None) -> list[TokenEvent]:
-        assert logits is not None, "TP rank 0 holds the logits"
-        sequences = [self.scheduler.sequence(item.seq_id) for item in plan.logit_items]
-        token_ids = sample(logits, [s.params for s in sequences], [s.num_tokens for s in sequences])
-        tokens = {s.seq_id: token_id for s, token_id in zip(sequences, token_ids, strict=True)}
-        return self.scheduler.update(plan, tokens)
 
     def _frame(self, events: list[TokenEvent]) -> Frame:
         runner = self.runner
-        stats = {**self.scheduler.stats(), "step": runner.num_steps, "epoch": runner.epoch}
+        stats = {
+            **self.scheduler.stats(),
+            "step": runner.num_steps,
+            "epoch": runner.epoch,
+            "step_tokens": self._step_tokens,
+            "step_ms": self._step_ms,
+            "phases": runner.timer.seconds.copy(),
+        }
         return {"type": "step", "replica": self._replica, "events": events, "stats": stats}
 
 
@@ -193,6 +255,19 @@ def build_engine(
             max_model_len=max_model_len(config, model),
             eos_token_ids=model.eos_token_ids,
             vocab_size=model.vocab_size,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
         )
     )
-    return Leader(groups, runner, scheduler, mailbox)
+    sampler = Sampler(model.vocab_size, model.eos_token_ids, Path(config.model))
+    executor = None
+    if config.scheduler.async_scheduling:
+        executor = ThreadPoolExecutor(1, "execute")
+    return Leader(
+        groups,
+        runner,
+        scheduler,
+        sampler,
+        mailbox,
+        executor=executor,
+        forgets_at_flip=config.comms.combine == "node",
+    )

@@ -60,6 +60,8 @@ class Runner:
         self.timer = timer
         self.migrator = migrator
         self.num_steps = 0
+        self.routed_TLK: Tensor | None = None
+        """On TP rank 0: experts of the latest plan's tokens in all expert layers, if it wants them."""
         self._server = server
         self._steps: deque[Step] = deque(maxlen=STEPS_REMEMBERED)
         self._last_end: float | None = None
@@ -102,12 +104,13 @@ class Runner:
         self._server.close()
 
     def execute(self, plan: StepPlan, max_tokens: int | None = None) -> Tensor | None:
-        """fp32 logits [len(plan.logit_items), V] on TP rank 0, None elsewhere.
+        """fp32 logits [plan.num_logit_rows, V] on TP rank 0, None elsewhere.
 
         max_tokens: the most that any replica has in this step, the same number on all ranks; by it
         they agree on what to overlap (None: nothing).
         """
-        batch = forward_batch(plan, self.cache.block_size)
+        with self.timer.phase("batch"):
+            batch = forward_batch(plan, self.cache.block_size)
         self.model.where.step = self.num_steps
         try:
             return self.model.forward(batch, self.cache, max_tokens)

@@ -1,26 +1,39 @@
-"""Which tokens run in the next step: continuous batching, first come, first served.
+"""Which tokens run in the next step: continuous batching by priority, then first come, first served.
 
 One step mixes single tokens of decoding sequences with chunks of prompts, under one budget of
-tokens. Running sequences are always older than waiting ones, and both are in order of arrival:
-that is why the oldest is never preempted, and so why every request finishes. When blocks run out,
-the youngest running sequence gives all of its own back and is computed again later (prompt and
-emitted tokens, nothing emitted twice).
+tokens. When blocks run out, the least urgent running sequence gives all of its own back and is
+computed again later (prompt and emitted tokens, nothing emitted twice), from those of its blocks
+that the cache still has by then.
+
+Why every request finishes: of all unfinished ones, take the most urgent. It is never preempted, for
+the least urgent one that runs is. If it waits, then every running one is of a lower priority (of equal
+priority the older ones were admitted first), and so many of them are preempted that it is admitted:
+at the latest alone it fits. So it advances in each step, and it ends; and as long as no more than
+finitely many more urgent ones arrive, each request is at some time the most urgent.
 
 Pure and deterministic: no clock, no torch, no I/O. The loop around it is
 
     scheduler.add(Sequence(...))                     # ValueError: this request alone is refused
     plan = scheduler.schedule()
-    logits = ...                                     # one row for each of plan.logit_items
+    logits = ...                                     # rows for each of plan.logit_items
     events = scheduler.update(plan, {seq_id: token})
+
+To plan while a step is computed, `schedule` may be called once more before `update`. The plan then takes
+for granted that each sequence goes on, and holds PENDING for tokens that are still to come;
+`complete`, after `update`, puts these in and leaves out those that ended instead.
 """
 
-from collections import OrderedDict
+from array import array
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cluster.engine.block_hash import extend
 from cluster.engine.block_manager import BlockManager
-from cluster.engine.plan import PlanItem, StepPlan
+from cluster.engine.plan import StepPlan, block_table
+from cluster.engine.plan_draft import PlanDraft, Planned
 from cluster.engine.sequence import FinishReason, Sequence, TokenEvent
+from cluster.engine.waiting import WaitingQueue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +51,7 @@ class SchedulerConfig:
     eos_token_ids: tuple[int, ...] = ()
     vocab_size: int | None = None
     """If given, requests with other token ids are refused."""
+    enable_prefix_caching: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "block_size", "num_blocks"):
@@ -58,33 +72,51 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.blocks = BlockManager(config.num_blocks, config.block_size)
-        self.running: OrderedDict[int, Sequence] = OrderedDict()
-        self.waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self.running: dict[int, Sequence] = {}
+        self.waiting = WaitingQueue()
         self.num_preemptions = 0
+        self.num_prefix_queries = 0
+        """Prompt tokens of requests that were looked up in the cache."""
+        self.num_prefix_hits = 0
+        """How many of them were found."""
         self._by_request: dict[str, Sequence] = {}
         self._num_added = 0
+        self._num_plans = 0
+        self._in_flight: deque[Planned] = deque()
 
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
     def stats(self) -> dict[str, int | float]:
-        """Numbers of sequences, the share of KV blocks in use, and preemptions since the start."""
+        """Numbers of sequences and of KV blocks (used: held by sequences; cached: kept for later), and
+        since the start: preemptions, prompt tokens looked up in the cache, and found."""
+        blocks = self.blocks
         return {
             "running": len(self.running),
             "waiting": len(self.waiting),
-            "kv_usage": self.blocks.num_used / self.blocks.num_blocks,
+            "kv_usage": blocks.num_used / blocks.num_blocks,
+            "kv_blocks_used": blocks.num_used,
+            "kv_blocks_cached": blocks.num_cached,
+            "kv_blocks_total": blocks.num_blocks,
             "preemptions": self.num_preemptions,
+            "prefix_queries": self.num_prefix_queries,
+            "prefix_hits": self.num_prefix_hits,
         }
 
     def sequence(self, seq_id: int) -> Sequence:
-        """A sequence of the latest plan; KeyError when it is no longer running."""
+        """A running sequence; KeyError when it does not run."""
         return self.running[seq_id]
+
+    def find(self, request_id: str) -> Sequence | None:
+        """The unfinished request of this id, if it is here."""
+        return self._by_request.get(request_id)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence; ValueError with the reason when it can never run."""
         self._check(sequence)
         sequence.seq_id = self._num_added
+        sequence.urgency = (sequence.priority, sequence.seq_id)
         self._num_added += 1
         if not sequence.params.ignore_eos:
             sequence.stop_token_ids |= frozenset(self.config.eos_token_ids)
@@ -93,7 +125,7 @@ class Scheduler:
             self.config.max_model_len,
             self.blocks.capacity + 1,  # the last token's keys and values are never needed
         )
-        self.waiting[sequence.seq_id] = sequence
+        self.waiting.push(sequence)
         self._by_request[sequence.request_id] = sequence
 
     def abort(self, request_id: str) -> bool:
@@ -107,38 +139,79 @@ class Scheduler:
         self._finish(sequence, "abort")
         return True
 
+    def forget_cache(self) -> int:
+        """Nothing computed so far is found by requests that begin to run from now on.
+
+        Returns how many blocks were kept for that alone, and are free now.
+        """
+        return self.blocks.forget()
+
     def schedule(self) -> StepPlan:
-        """Plan one step: all decoding sequences, then chunks of prompts in order of arrival."""
-        num_preemptions = self.num_preemptions
-        items = self._plan_decodes()
-        budget = self.config.max_num_batched_tokens - len(items)
-        for sequence in self.running.values():
-            if budget and sequence.num_tokens - sequence.num_computed > 1:
-                items.append(_next_chunk(sequence, budget, self.config.block_size))
-                budget -= len(items[-1].token_ids)
-        if num_preemptions == self.num_preemptions:  # else the freed blocks have a purpose
-            items += self._plan_admissions(budget)
-        return StepPlan(tuple(items))
+        """Plan one step: all decoding sequences, then chunks of prompts by urgency."""
+        draft = PlanDraft(self.config)
+        prompts, was_short = self._plan_decodes(draft)
+        for sequence in sorted(prompts, key=lambda s: s.urgency):
+            self._admit(draft, before=sequence)
+            if sequence.seq_id in self.running:
+                draft.add_chunk(sequence)
+        # Blocks freed for a decoding sequence are not given to the next that waits, unless it may
+        # preempt anyway.
+        self._admit(draft, before=self._least_urgent() if was_short else None)
+        self._num_plans += 1
+        planned = draft.finish(self._num_plans)
+        if planned.sequences:
+            self._in_flight.append(planned)
+        return planned.plan
+
+    def complete(self, plan: StepPlan) -> StepPlan:
+        """The latest plan with the tokens that have come since, without the sequences that ended."""
+        if not len(plan):
+            return plan
+        planned = self._in_flight.pop().completed()
+        if planned.sequences:
+            self._in_flight.append(planned)
+        return planned.plan
+
+    def take_back(self, plan: StepPlan) -> None:
+        """The latest plan was lost before it was computed: what it would have computed is to be planned
+        again. Preemptions and admissions made for it stand."""
+        if len(plan):
+            planned = self._in_flight.pop()
+            for sequence, count in zip(planned.sequences, planned.plan.counts, strict=True):
+                if sequence.seq_id in self.running:
+                    sequence.num_computed -= count
+
+    def planned(self, plan: StepPlan) -> Planned:
+        """The sequences of the oldest plan without an update; RuntimeError when `plan` is another."""
+        if not self._in_flight or not self._in_flight[0].is_of(plan):
+            raise RuntimeError(f"a plan of {len(plan)} rows is not the one to be updated next")
+        return self._in_flight[0]
 
     def update(self, plan: StepPlan, tokens: Mapping[int, int]) -> list[TokenEvent]:
-        """Take in what the forward pass of `plan` gave; the plan must be the latest one.
+        """Take in what the forward pass of `plan` gave; it must be the oldest without an update.
 
-        `tokens` maps the `seq_id` of each of `plan.logit_items` to its next token; a negative token
-        says that it could not be sampled, and ends that request with an error. Requests aborted
-        since `schedule` are passed over. One event for each token, in the order of the plan.
+        `tokens` maps the `seq_id` of each sequence whose last token was computed to its next token; a
+        negative token says that it could not be sampled, and ends that request with an error.
+        Requests aborted since `schedule` are passed over. One event for each token, in the order of the
+        plan.
         """
+        if not len(plan):
+            return []
+        planned = self.planned(plan)
+        self._in_flight.popleft()
         events = []
-        for item in plan.items:
-            sequence = self.running.get(item.seq_id)
-            if sequence is None:
+        for sequence, end in zip(planned.sequences, planned.ends, strict=True):
+            if sequence.finish_reason is not None:
                 continue
-            if item.start != sequence.num_computed:
-                raise RuntimeError(
-                    f"plan starts at {item.start}, but {sequence}: not the latest plan"
-                )
-            sequence.num_computed += len(item.token_ids)
-            if item.wants_logits:
-                events.append(self._take_token(sequence, tokens[item.seq_id]))
+            if self.config.enable_prefix_caching and sequence.block_table:
+                self._name_blocks(sequence, end // self.config.block_size)
+            if end == len(sequence.token_ids):
+                event = self._take_token(sequence, tokens[sequence.seq_id])
+                if end == sequence.num_prompt_tokens:
+                    event = event._replace(
+                        cached_tokens=sequence.num_cached_tokens, queue_ms=sequence.queue_ms
+                    )
+                events.append(event)
         return events
 
     def _check(self, sequence: Sequence) -> None:
@@ -165,50 +238,115 @@ class Scheduler:
                     f"prompt token ids must be from 0 to {config.vocab_size - 1}, got {highest}"
                 )
 
-    def _plan_decodes(self) -> list[PlanItem]:
-        items = []
+    def _plan_decodes(self, draft: PlanDraft) -> tuple[list[Sequence], bool]:
+        """The next token of each sequence that has just one to compute.
+
+        Returns those that have more, and whether any sequence was preempted for want of blocks.
+        """
+        prompts = []
+        preempted_before = self.num_preemptions
         for sequence in list(self.running.values()):
-            if sequence.seq_id not in self.running:
-                break  # preempted for an older one, as are all younger ones
-            start = sequence.num_computed
-            if sequence.num_tokens - start == 1 and self._grow(sequence):
-                last = (sequence.token_ids[-1],)
-                items.append(PlanItem(sequence.seq_id, last, start, sequence.block_table, True))
-        return items
+            missing = len(sequence.token_ids) - sequence.num_computed
+            if self.num_preemptions > preempted_before and sequence.seq_id not in self.running:
+                continue
+            if missing > 1:
+                prompts.append(sequence)
+            elif (
+                missing or len(sequence.token_ids) + 1 < sequence.max_num_tokens  # else it ends
+            ) and self._grow(sequence, draft):
+                draft.add_decode(sequence)
+        was_short = self.num_preemptions > preempted_before
+        return [s for s in prompts if not was_short or s.seq_id in self.running], was_short
 
-    def _plan_admissions(self, budget: int) -> list[PlanItem]:
-        """Admit from the head of the queue, and nobody past a head that does not fit yet."""
-        items: list[PlanItem] = []
-        while self.waiting and budget and len(self.running) < self.config.max_num_seqs:
-            sequence = next(iter(self.waiting.values()))
-            # One token of headroom, or an admission could be preempted in its very next step.
-            wanted = self.blocks.blocks_for(sequence.num_tokens + 1)
-            if min(wanted, self.blocks.num_blocks) > self.blocks.num_free:
-                break
-            self.running[sequence.seq_id] = self.waiting.popitem(last=False)[1]
-            sequence.block_table = self.blocks.allocate(self.blocks.blocks_for(sequence.num_tokens))
-            items.append(_next_chunk(sequence, budget, self.config.block_size))
-            budget -= len(items[-1].token_ids)
-        return items
+    def _admit(self, draft: PlanDraft, before: Sequence | None) -> None:
+        """Admit from the head of the queue those more urgent than `before`; nobody passes a head that
+        does not fit yet."""
+        while self.waiting:
+            head = self.waiting.first
+            if before is not None and head.urgency > before.urgency:
+                return
+            if any(head.latest_plan == planned.number for planned in self._in_flight):
+                return  # preempted while its latest tokens are being computed
+            if draft.chunks and not draft.budget:
+                return
+            while not self._start(head):
+                victim = self._least_urgent()
+                if victim is None or victim.priority <= head.priority:
+                    return
+                self._preempt(victim)
+                draft.drop(victim)
+            draft.add_chunk(head)
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Make room for the KV of the sequence's last token; False if that preempts itself."""
-        if len(sequence.block_table) * self.config.block_size >= sequence.num_tokens:
-            return True
-        while not self.blocks.num_free:
-            youngest = next(reversed(self.running.values()))
-            self._preempt(youngest)
-            if youngest is sequence:
-                return False
-        sequence.block_table = sequence.block_table + self.blocks.allocate(1)  # plans share the old
+    def _start(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence a place and its blocks; False when either is short."""
+        if len(self.running) >= self.config.max_num_seqs:
+            return False
+        blocks = self.blocks
+        found = self._find_computed(sequence)
+        # One token of headroom, or an admission could be preempted in its very next step.
+        wanted = min(blocks.blocks_for(sequence.num_tokens + 1), blocks.num_blocks)
+        if wanted - len(found) > blocks.num_available - blocks.num_cached_of(found):
+            return False
+        blocks.hold(found)
+        new = blocks.allocate(blocks.blocks_for(sequence.num_tokens) - len(found))
+        self.waiting.remove(sequence)
+        self.running[sequence.seq_id] = sequence
+        sequence.block_table = found + new
+        sequence.num_named = len(found)
+        sequence.num_computed = len(found) * self.config.block_size
+        sequence.cache_generation = blocks.generation
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = sequence.num_computed
+            self.num_prefix_queries += sequence.num_tokens
+            self.num_prefix_hits += sequence.num_computed
         return True
 
+    def _find_computed(self, sequence: Sequence) -> "array[int]":
+        """Blocks with its first tokens; not the last token, for whose logits it is to be computed."""
+        if not (self.config.enable_prefix_caching and sequence.reads_cache):
+            return block_table()
+        num_blocks = (sequence.num_tokens - 1) // self.config.block_size
+        return self.blocks.find(self._names(sequence, num_blocks)[:num_blocks])
+
+    def _names(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
+        names = sequence.block_names
+        size, salt = self.config.block_size, sequence.cache_salt
+        extend(names, sequence.token_ids, size, salt, num_blocks)
+        return names
+
+    def _name_blocks(self, sequence: Sequence, num_full: int) -> None:
+        """The first `num_full` blocks of its table are computed: others may find them."""
+        if num_full <= sequence.num_named or sequence.cache_generation != self.blocks.generation:
+            return
+        names = self._names(sequence, num_full)
+        table = sequence.block_table[:]
+        for idx in range(sequence.num_named, num_full):
+            table[idx] = self.blocks.name(table[idx], names[idx])
+        sequence.block_table = table
+        sequence.num_named = num_full
+
+    def _grow(self, sequence: Sequence, draft: PlanDraft) -> bool:
+        """Make room for one more token's keys and values; False if that preempts the sequence."""
+        if len(sequence.block_table) * self.config.block_size > sequence.num_computed:
+            return True
+        while not self.blocks.num_available:
+            victim = self._least_urgent()
+            assert victim is not None, "somebody holds the blocks"
+            self._preempt(victim)
+            draft.drop(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table = sequence.block_table + self.blocks.allocate(1)
+        return True
+
+    def _least_urgent(self) -> Sequence | None:
+        return max(self.running.values(), key=lambda s: s.urgency, default=None)
+
     def _preempt(self, sequence: Sequence) -> None:
-        """To the front of the queue: it is older than all that wait there."""
+        """Back to the queue, where only more urgent ones can be before it."""
         del self.running[sequence.seq_id]
         self._release(sequence)
-        self.waiting[sequence.seq_id] = sequence
-        self.waiting.move_to_end(sequence.seq_id, last=False)
+        self.waiting.push(sequence)
         self.num_preemptions += 1
 
     def _take_token(self, sequence: Sequence, token_id: int) -> TokenEvent:
@@ -242,30 +380,18 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         del self._by_request[sequence.request_id]
-        self.running.pop(sequence.seq_id, None)
-        self.waiting.pop(sequence.seq_id, None)
+        if self.running.pop(sequence.seq_id, None) is None:
+            self.waiting.remove(sequence)
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.free(sequence.block_table)
-        sequence.block_table = sequence.block_table[:0]
+        sequence.block_table = block_table()
         sequence.num_computed = 0
+        sequence.num_named = 0
 
     def _describe_cache(self) -> str:
         return (
             f"the KV cache: {self.blocks.num_blocks} blocks of {self.blocks.block_size} = "
             f"{self.blocks.capacity} tokens"
         )
-
-
-def _next_chunk(sequence: Sequence, budget: int, block_size: int) -> PlanItem:
-    """As many of the sequence's uncomputed tokens as the budget allows."""
-    start = sequence.num_computed
-    end = min(sequence.num_tokens, start + budget)
-    return PlanItem(
-        sequence.seq_id,
-        tuple(sequence.token_ids[start:end]),
-        start,
-        sequence.block_table[: -(-end // block_size)],
-        end == sequence.num_tokens,
-    )

@@ -67,32 +67,60 @@ class TokenEvent(NamedTuple):
 class Sequence:
     """Prompt and emitted tokens of one request.
 
-    Raises ValueError when the prompt is not a non-empty list of token ids below 2^31. The scheduler
-    owns everything but `request_id`, `token_ids` and `params`. A request that resumes elsewhere
-    comes with prompt + emitted tokens as its prompt and continues with the same tokens, because
-    sampling goes by absolute position.
+    Raises ValueError when the prompt is not a non-empty list of token ids below 2^31, or another
+    argument is of a wrong kind. Of what is not an argument the scheduler owns everything but `queue_ms`.
+    A request that resumes elsewhere comes with prompt + emitted tokens as its prompt and continues with
+    the same tokens, because sampling goes by absolute position.
+
+    priority: lower comes first. cache_salt: requests with different ones share no KV blocks.
     """
 
     __slots__ = (
+        "block_names",
         "block_table",
+        "cache_generation",
+        "cache_salt",
         "finish_reason",
+        "latest_plan",
         "max_num_tokens",
+        "num_cached_tokens",
         "num_computed",
+        "num_named",
+        "num_prompt_logprobs",
         "num_prompt_tokens",
+        "num_routed",
         "params",
+        "priority",
+        "queue_ms",
         "request_id",
         "sampler_state",
         "seq_id",
         "stop_token_ids",
         "token_ids",
+        "urgency",
+        "wants_routed_experts",
     )
 
     def __init__(
-        self, request_id: str, prompt_token_ids: TokenIds[int], params: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: TokenIds[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        wants_routed_experts: bool = False,
     ) -> None:
         _check_token_ids(prompt_token_ids)
+        if type(priority) is not int or not -(2**31) <= priority < 2**31:
+            raise ValueError(f"priority must be an integer of 32 bits, got {priority!r:.40}")
+        if not isinstance(cache_salt, str):
+            raise ValueError(f"cache_salt must be a string, got {cache_salt!r:.40}")
         self.request_id = request_id
         self.params = params
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.wants_routed_experts = wants_routed_experts
         self.stop_token_ids = frozenset(params.stop_token_ids)
         """Tokens that end the request; the scheduler adds the model's end-of-sequence tokens."""
         self.max_num_tokens = 0
@@ -100,13 +128,31 @@ class Sequence:
         self.token_ids: list[int] = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed = 0
-        """Leading tokens whose keys and values are in the cache."""
+        """Leading tokens whose keys and values are in the cache once the plans made so far have run."""
         self.block_table: array[int] = block_table()
+        self.block_names: list[bytes] = []
+        """Of its first full blocks; see `block_hash.py`."""
+        self.num_named = 0
+        """Leading blocks of its table that others may find."""
+        self.cache_generation = 0
+        """Of the cache's names when it began to run; with others its blocks are not named."""
+        self.latest_plan = 0
+        """Number of the latest plan that it is part of."""
+        self.num_cached_tokens: int | None = None
+        """Of the prompt, found in the cache when it first ran; None before."""
+        self.queue_ms: float | None = None
+        """From arrival until it first ran; by the engine, for the scheduler has no clock."""
+        self.num_prompt_logprobs = 0
+        """How many were told already: they are not told again when it is computed again."""
+        self.num_routed = 0
+        """Leading tokens whose experts were told."""
         self.sampler_state: Any = None
         """What the sampler remembers of the tokens; it can be made again from them."""
         self.finish_reason: FinishReason | None = None
         self.seq_id = -1
         """Order of arrival at the scheduler; -1 before."""
+        self.urgency = (priority, -1)
+        """(priority, seq_id): lower comes first."""
 
     @property
     def num_tokens(self) -> int:
@@ -116,6 +162,17 @@ class Sequence:
     @property
     def num_emitted(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of its prompt have yet to be told."""
+        wanted = self.params.prompt_logprobs is not None
+        return wanted and self.num_prompt_logprobs < self.num_prompt_tokens - 1
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether it may begin with blocks that others computed: not when it asks about every token."""
+        return self.params.prompt_logprobs is None and not self.wants_routed_experts
 
     def __repr__(self) -> str:
         return (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cluster.config import ServeConfig
-from cluster.engine.plan import PlanItem, StepPlan, block_table
+from cluster.engine.plan import Logits, PlanItem, StepPlan, block_table
 from cluster.engine.runner import Runner
 from cluster.model.config import ModelConfig
 from cluster.server.tokenizer import load_tokenizer
@@ -153,7 +153,7 @@ def _capture(
         recorders.append(layer.mlp.shared_expert)
     for prompt in prompts:
         blocks = block_table(range(-(-len(prompt) // runner.cache.block_size)))
-        runner.execute(StepPlan((PlanItem(0, tuple(prompt), 0, blocks, wants_logits=False),)))
+        runner.execute(StepPlan.of([PlanItem(0, tuple(prompt), 0, blocks, Logits.NONE)]))
     runner.close()
     return [
         _outputs(layer.mlp, layer.mlp_norm.weight, torch.cat(recorder.inputs))

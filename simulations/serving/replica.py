@@ -26,8 +26,8 @@ IDLE = Work()
 class Replica:
     """`plan` a step, then `finish` it; a step that was lost is planned again.
 
-    `idx`, `suspect` (not heard of: its ranks are lost) and `in_flight` are what the gateway's choice
-    of a replica looks at.
+    `idx`, `suspect` (not heard of: its ranks are lost), `in_flight` and `kv_usage` are what admission
+    looks at.
     """
 
     def __init__(self, idx: int, config: SchedulerConfig) -> None:
@@ -39,6 +39,12 @@ class Replica:
         self._plan = StepPlan()
 
     @property
+    def kv_usage(self) -> float:
+        """Share of KV blocks that sequences hold."""
+        blocks = self.scheduler.blocks
+        return blocks.num_used / blocks.num_blocks
+
+    @property
     def num_preemptions(self) -> int:
         return self._preemptions_before + self.scheduler.num_preemptions
 
@@ -48,15 +54,15 @@ class Replica:
         self.scheduler.add(Sequence(request_id, [_ANY_TOKEN] * num_tokens, params))
 
     def plan(self) -> Work:
-        """Schedule the next step."""
+        """Schedule the next step; if the one before was not finished, it was lost."""
+        self.scheduler.take_back(self._plan)
         self._plan = self.scheduler.schedule()
         return work_of(self._plan)
 
     def finish(self) -> list[TokenEvent]:
         """The planned step was computed."""
-        items = self._plan.items
         self._plan, plan = StepPlan(), self._plan
-        return self.scheduler.update(plan, {item.seq_id: _ANY_TOKEN for item in items})
+        return self.scheduler.update(plan, dict.fromkeys(plan.seq_ids, _ANY_TOKEN))
 
     def lose(self) -> None:
         """All that it held is gone; the gateway knows the requests."""
@@ -69,8 +75,7 @@ def work_of(plan: StepPlan) -> Work:
     """Rows through the linear layers, keys read by decoding sequences, (query, key) pairs, rows of
     logits. A query at position p sees p + 1 keys."""
     tokens = kv_tokens = pairs = logits = 0
-    for _, token_ids, start, _, wants_logits in plan.items:
-        num = len(token_ids)
+    for start, num, wants_logits in zip(plan.starts, plan.counts, plan.logits, strict=True):
         tokens += num
         if num == 1:
             kv_tokens += start + 1

@@ -9,6 +9,7 @@ from cluster.engine.engine import Leader
 from cluster.engine.mailbox import LocalMailbox
 from cluster.engine.plan import StepPlan
 from cluster.engine.runner import Runner
+from cluster.engine.sampler import Sampler
 from cluster.engine.scheduler import Scheduler, SchedulerConfig
 from cluster.engine.step_timer import StepTimer
 from comms.groups import ParallelGroups
@@ -45,7 +46,7 @@ class ModelFreeRunner(Runner):
     def execute(self, plan: StepPlan, max_tokens: int | None = None) -> torch.Tensor:
         self._world.barrier()
         self.num_steps += 1
-        return torch.zeros(len(plan.logit_items), VOCAB_SIZE)
+        return torch.zeros(plan.num_logit_rows, VOCAB_SIZE)
 
 
 def build_runner(
@@ -74,4 +75,4 @@ def leader_of(groups: ParallelGroups, runner: Runner, mailbox: LocalMailbox) -> 
     config = SchedulerConfig(
         max_num_seqs=2, max_num_batched_tokens=8, block_size=16, num_blocks=1000, max_model_len=9999
     )
-    return Leader(groups, runner, Scheduler(config), mailbox)
+    return Leader(groups, runner, Scheduler(config), Sampler(VOCAB_SIZE, ()), mailbox)

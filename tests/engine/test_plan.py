@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.engine.batch import forward_batch
-from cluster.engine.plan import PlanItem, StepPlan, block_table
+from cluster.engine.plan import Logits, PlanItem, StepPlan, block_table
 
 BLOCK_SIZE = 4
 
@@ -18,10 +18,12 @@ def items(draw):
     num_blocks = -(-(start + len(token_ids)) // BLOCK_SIZE)
     blocks = draw(st.lists(st.integers(0, 1 << 20), min_size=num_blocks, max_size=num_blocks))
     seq_id = draw(st.integers(0, 2**62))
-    return PlanItem(seq_id, tuple(token_ids), start, block_table(blocks), draw(st.booleans()))
+    return PlanItem(
+        seq_id, tuple(token_ids), start, block_table(blocks), draw(st.sampled_from(Logits))
+    )
 
 
-plans = st.lists(items(), max_size=6).map(lambda items: StepPlan(tuple(items)))
+plans = st.lists(items(), max_size=6).map(StepPlan.of)
 
 
 @given(plans)
@@ -43,13 +45,16 @@ def test_forward_batch_equals_a_loop_over_tokens(plan):
             block = item.block_table[position // BLOCK_SIZE]
             kv_slots.append(block * BLOCK_SIZE + position % BLOCK_SIZE)
             sequences.append(row)
-        if item.wants_logits:
+        if item.logits == Logits.ALL:
+            logit_rows += range(len(token_ids) - len(item.token_ids), len(token_ids))
+        elif item.logits == Logits.LAST:
             logit_rows.append(len(token_ids) - 1)
     assert batch.token_ids_T.tolist() == token_ids
     assert batch.positions_T.tolist() == positions
     assert batch.kv_slots_T.tolist() == kv_slots
     assert batch.sequence_T.tolist() == sequences
     assert batch.logit_rows.tolist() == logit_rows
+    assert plan.num_logit_rows == len(logit_rows)
     width = max((len(item.block_table) for item in plan.items), default=0)
     padded = [[*i.block_table, *[0] * (width - len(i.block_table))] for i in plan.items]
     assert batch.block_tables_NB.tolist() == padded
@@ -70,7 +75,7 @@ def test_an_idle_replica_sends_almost_nothing():
         msgpack.packb(7),
         msgpack.packb({"seq_ids": b"1234"}),
         msgpack.packb({1: 2}),
-        StepPlan((PlanItem(1, (2,), 0, block_table([3]), True),)).encode()[:-2],
+        StepPlan.of([PlanItem(1, (2,), 0, block_table([3]), Logits.LAST)]).encode()[:-2],
     ],
 )
 def test_what_is_no_plan_is_refused(data):
@@ -79,7 +84,7 @@ def test_what_is_no_plan_is_refused(data):
 
 
 def test_columns_that_disagree_are_refused():
-    plan = StepPlan((PlanItem(1, (2, 3), 0, block_table([3]), True),))
+    plan = StepPlan.of([PlanItem(1, (2, 3), 0, block_table([3]), Logits.LAST)])
     columns = msgpack.unpackb(plan.encode())
     columns["token_ids"] = columns["token_ids"][:4]
     with pytest.raises(ValueError, match="columns that disagree"):

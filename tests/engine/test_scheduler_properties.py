@@ -104,7 +104,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.no_block_is_lost_or_shared()
             steps += 1
             assert steps <= self.bound
-        assert self.scheduler.blocks.num_free == self.config.num_blocks
+        assert self.scheduler.blocks.num_used == 0
         assert set(self.finished) == set(self.sequences)
         self.bound = 0
 
@@ -125,7 +125,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             # The chunks of one computation cover the tokens exactly once, in order.
             assert item.start == self.num_computed.get(item.seq_id, 0)
             assert list(item.token_ids) == sequence.token_ids[item.start : end]
-            assert item.wants_logits == (end == sequence.num_tokens)
+            assert bool(item.logits) == (end == sequence.num_tokens)
             assert len(item.block_table) == -(-end // self.config.block_size)
             self.num_computed[item.seq_id] = end
         return StepPlan.decode(plan.encode())
@@ -173,17 +173,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def no_block_is_lost_or_shared(self):
         if not hasattr(self, "scheduler"):
             return
-        live = [*self.scheduler.running.values(), *self.scheduler.waiting.values()]
+        live = [*self.scheduler.running.values(), *self.scheduler.waiting]
         owned = [block for sequence in live for block in sequence.block_table]
         assert len(owned) == len(set(owned))
-        assert len(owned) + self.scheduler.blocks.num_free == self.config.num_blocks
-        assert all(not s.block_table for s in self.scheduler.waiting.values())
+        assert len(owned) + self.scheduler.blocks.num_available == self.config.num_blocks
+        assert all(not s.block_table for s in self.scheduler.waiting)
         assert all(not s.block_table for r, s in self.sequences.items() if r in self.finished)
 
     @invariant()
     def order_of_arrival_is_kept(self):
         if hasattr(self, "scheduler"):
-            order = [*self.scheduler.running, *self.scheduler.waiting]
+            order = [*self.scheduler.running, *(s.seq_id for s in self.scheduler.waiting)]
             assert order == sorted(order)
 
     def teardown(self):
