@@ -82,6 +82,24 @@ def doctor(
 
 
 @app.command()
+def credentials(
+    directory: Annotated[Path, typer.Argument(help="Where to write them; made if need be.")],
+    hosts: Annotated[
+        str, typer.Option(help="Names and addresses of the server for clients, comma separated.")
+    ] = "",
+    days: Annotated[int, typer.Option(min=1, max=7300, help="That certificates are valid.")] = 825,
+) -> None:
+    """Make certificates and tokens for a server that other hosts may reach.
+
+    Clients on this host may use localhost as well. Nothing is overwritten.
+    """
+    from deploy.credentials import credentials_command
+
+    names = [host.strip() for host in hosts.split(",") if host.strip()]
+    raise typer.Exit(credentials_command(directory, names, days))
+
+
+@app.command()
 @with_server
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
