@@ -16,6 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ServeConfig
+from cluster.engine.link_keys import LinkKeys
 from cluster.engine.runner import max_model_len
 from cluster.front_end import Endpoints, FrontEnd
 from cluster.model.config import ModelConfig
@@ -55,6 +56,7 @@ class Controller:
         self._stopping = False
         self._doing = "starting the controller"
         self._host = LOOPBACK
+        self._keys = LinkKeys.make()
         self._leader_addresses: list[str] = []
 
     async def doing(self) -> str:
@@ -143,7 +145,7 @@ class Controller:
                     placement_group_bundle_index=self._topology.node_of(rank),
                 ),
             )
-            .remote(self._config, self._topology, rank)
+            .remote(self._config, self._topology, rank, self._keys)
             for rank in range(self._topology.world_size)
         ]
 
@@ -196,6 +198,7 @@ class Controller:
             credentials,
             gateway_host=self._host,
             host_name=ray.util.get_node_ip_address(),
+            keys=self._keys,
         )
         gateway = self._front.gateway
         gateway_address = await gateway.start()

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from cluster.config import ServeConfig
+from cluster.engine.link_keys import LinkKeys
 from cluster.rebalancer import Rebalancer
 from cluster.server.chat import ChatTemplate
 from cluster.server.control import TraceSteps
@@ -26,7 +27,7 @@ class Endpoints(NamedTuple):
 class FrontEnd:
     """Use it from one event loop: `gateway.start`, attach the replicas, `start`, and at last `stop`.
 
-    gateway_host: the one address of this host that leaders can reach. host_name: of this host, for
+    gateway_host: the one address of this host that leaders can reach, with `keys`. host_name: of this host, for
     endpoints, where the servers listen on all addresses.
     """
 
@@ -38,6 +39,7 @@ class FrontEnd:
         *,
         gateway_host: str,
         host_name: str,
+        keys: LinkKeys,
     ) -> None:
         self._observability = Observability(config, model_info)
         self._template = ChatTemplate.load(config.model, config.chat)
@@ -48,6 +50,7 @@ class FrontEnd:
             bind_host=gateway_host,
             observer=self._observability.observer,
             chat=self._template,
+            keys=keys,
         )
         self._config = config
         self._credentials = credentials

@@ -10,6 +10,7 @@ import ray
 
 from cluster.config import ServeConfig
 from cluster.engine.engine import Follower, Leader, build_engine
+from cluster.engine.link_keys import LinkKeys
 from cluster.engine.mailbox import ZmqMailbox
 from cluster.engine.step_recorder import StepRecorder
 from comms.groups import ParallelGroups
@@ -25,8 +26,11 @@ logger = logging.getLogger(__name__)
 class Worker:
     """Life of a rank: `where`, `host_store` (rank 0 only), `load`, `run` until told to stop."""
 
-    def __init__(self, config: ServeConfig, topology: Topology, rank: int) -> None:
+    def __init__(
+        self, config: ServeConfig, topology: Topology, rank: int, keys: LinkKeys
+    ) -> None:
         self._config = config
+        self._keys = keys
         self._topology = topology
         self._rank = rank
         self._mailbox: ZmqMailbox | None = None
@@ -57,7 +61,7 @@ class Worker:
             timeout_s=self._config.comms.timeout_s,
         )
         if self._topology.tp_rank_of(self._rank) == 0:
-            self._mailbox = ZmqMailbox(host)
+            self._mailbox = ZmqMailbox(host, self._keys)
         self._engine = build_engine(self._config, self._groups, self._mailbox)
         self._recorder = StepRecorder(self._engine, self._groups)
         return {

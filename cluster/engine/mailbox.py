@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import msgpack
 import zmq
 
+from cluster.engine.link_keys import LinkKeys
 from cluster.engine.sequence import TokenEvent
 
 Frame = dict[str, Any]
@@ -34,15 +35,21 @@ class GatewayLostError(RuntimeError):
 
 
 class ZmqMailbox:
-    """Binds a PULL socket for the gateway's frames and pushes step frames to the gateway."""
+    """Binds a PULL socket for the gateway's frames and pushes step frames to the gateway.
 
-    def __init__(self, host: str) -> None:
+    keys: of the cluster, without which nobody can connect or be connected to. None: anybody can.
+    """
+
+    def __init__(self, host: str, keys: LinkKeys | None = None) -> None:
         self._context = zmq.Context()
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._outbox = self._context.socket(zmq.PUSH)
+        if keys:
+            keys.guard_bound(self._inbox)
+            keys.guard_connected(self._outbox)
         port = self._inbox.bind_to_random_port(f"tcp://{host}")
         self.address = f"tcp://{host}:{port}"
-        self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.setsockopt(zmq.SNDHWM, MAX_QUEUED_FRAMES)
 
     def connect(self, gateway_address: str) -> None:

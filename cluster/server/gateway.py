@@ -18,6 +18,7 @@ from dataclasses import replace
 from tokenizers import Tokenizer
 
 from cluster.config import ServeConfig
+from cluster.engine.link_keys import LinkKeys
 from cluster.engine.sampling_params import SamplingParams
 from cluster.engine.sequence import TokenEvent
 from cluster.server import wire
@@ -57,7 +58,8 @@ class Gateway:
 
     `tokenizer` None: only token ids go in and out. `bind_host` is the one address of this host
     that leaders can reach; `start` returns the address that they connect to. `observer` is told of
-    requests and frames, `chat` makes prompts of messages.
+    requests and frames, `chat` makes prompts of messages, and `keys` keep strangers from posing as
+    leaders.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Gateway:
         bind_host: str = "127.0.0.1",
         observer: Observer = NO_OBSERVER,
         chat: ChatTemplate | None = None,
+        keys: LinkKeys | None = None,
     ) -> None:
         self.config = config
         self.model = model_info
@@ -75,6 +78,7 @@ class Gateway:
         self.readiness = Readiness()
         self.draining = False
         self._bind_host = bind_host
+        self._keys = keys
         self._observer = observer
         self._prompts = PromptReader(model_info, tokenizer, chat)
         self._seeds = random.Random(config.seed)
@@ -90,7 +94,7 @@ class Gateway:
 
     async def start(self) -> str:
         """Open the inbox for leaders and return the address where they connect."""
-        self._links = LeaderLinks(self._bind_host)
+        self._links = LeaderLinks(self._bind_host, self._keys)
         self._tasks = [
             asyncio.create_task(self._receive(), name="gateway-receive"),
             asyncio.create_task(self._watch_silence(), name="gateway-watch"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import zmq
 import zmq.asyncio
 
+from cluster.engine.link_keys import LinkKeys
 from cluster.server import wire
 
 MAX_QUEUED_FRAMES = 4096
@@ -63,16 +64,19 @@ class LeaderLinks:
     """Binds the gateway's inbox on one explicit address and connects to leaders.
 
     Create and use it inside a running event loop. ZeroMQ reconnects by itself; silence is judged
-    by the gateway, from `Replica.last_heard`.
+    by the gateway, from `Replica.last_heard`. keys: of the cluster; None: anybody can send frames.
     """
 
-    def __init__(self, bind_host: str) -> None:
+    def __init__(self, bind_host: str, keys: LinkKeys | None = None) -> None:
         _refuse_wildcard(bind_host)
+        self._keys = keys
         self._context = zmq.asyncio.Context()
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.setsockopt(zmq.RCVHWM, MAX_QUEUED_FRAMES)
         self._inbox.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME_BYTES)
         self._inbox.setsockopt(zmq.IPV6, ":" in bind_host)
+        if keys:
+            keys.guard_bound(self._inbox)
         host = f"[{bind_host}]" if ":" in bind_host else bind_host
         port = self._inbox.bind_to_random_port(f"tcp://{host}")
         self.address = f"tcp://{host}:{port}"
@@ -86,6 +90,8 @@ class LeaderLinks:
         socket.setsockopt(zmq.SNDHWM, MAX_QUEUED_FRAMES)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IPV6, "[" in address)
+        if self._keys:
+            self._keys.guard_connected(socket)
         socket.connect(address)
         previous = self.replicas.get(idx)
         if previous:
