@@ -13,8 +13,7 @@ from cluster.engine.sequence import Sequence, TokenEvent
 class Arrivals:
     """Owns requests whose constraint is still being compiled, and the times of arrival."""
 
-    def __init__(self, scheduler: Scheduler, sampler: Sampler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
         self._preparing: list[Sequence] = []
         self._not_started: deque[tuple[Sequence, float]] = deque()
@@ -24,7 +23,7 @@ class Arrivals:
         """Whether a request waits for something else than its turn."""
         return bool(self._preparing)
 
-    def add(self, frame: Frame) -> list[TokenEvent]:
+    def add(self, frame: Frame, scheduler: Scheduler) -> list[TokenEvent]:
         """Take in an add frame; the event of a request that is refused."""
         try:
             sequence = _sequence_of(frame)
@@ -35,15 +34,15 @@ class Arrivals:
             return [_refusal(str(frame.get("request_id")), error)]
         self._not_started.append((sequence, monotonic()))
         self._preparing.append(sequence)
-        return self.pass_on()
+        return self.pass_on(scheduler)
 
-    def pass_on(self) -> list[TokenEvent]:
+    def pass_on(self, scheduler: Scheduler) -> list[TokenEvent]:
         """Hand those that are ready to the scheduler; the events of those that it refuses."""
         events, preparing = [], []
         for sequence in self._preparing:
             try:
                 if self._sampler.is_ready(sequence):
-                    self._scheduler.add(sequence)
+                    scheduler.add(sequence)
                 else:
                     preparing.append(sequence)
             except ValueError as error:
@@ -52,14 +51,14 @@ class Arrivals:
         self._preparing = preparing
         return events
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request, wherever it is by now; nothing happens if it has ended."""
+    def abort(self, request_id: str) -> bool:
+        """Forget a request that is still held here; False if it is not."""
         for sequence in self._preparing:
             if sequence.request_id == request_id:
                 sequence.finish_reason = "abort"
                 self._preparing.remove(sequence)
-                return
-        self._scheduler.abort(request_id)
+                return True
+        return False
 
     def stamp(self) -> None:
         """Note how long those waited that have begun to run."""

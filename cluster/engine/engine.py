@@ -89,7 +89,7 @@ class Leader:
         self._mailbox = mailbox
         self._executor = executor
         self._forgets_at_flip = forgets_at_flip
-        self._arrivals = Arrivals(scheduler, sampler)
+        self._arrivals = Arrivals(sampler)
         self._replica = groups.topology.replica_of(groups.rank)
         self._computing: tuple[StepPlan, Future[Tensor | None]] | None = None
         self._idle = False
@@ -156,13 +156,15 @@ class Leader:
 
     def _read_mail(self) -> list[TokenEvent]:
         """Take in requests; returns the events of those that could not even be queued."""
-        events = self._arrivals.pass_on()
+        events = self._arrivals.pass_on(self.scheduler)
         for frame in self._mailbox.receive(self._patience()):
             match frame["type"]:
                 case "add":
-                    events += self._arrivals.add(frame)
+                    events += self._arrivals.add(frame, self.scheduler)
                 case "abort":
-                    self._arrivals.abort(str(frame.get("request_id")))
+                    request_id = str(frame.get("request_id"))
+                    if not self._arrivals.abort(request_id):
+                        self.scheduler.abort(request_id)
                 case "flush_cache":
                     self.scheduler.forget_cache()
                 case "placement":

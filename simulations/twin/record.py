@@ -47,7 +47,7 @@ def record_rank(
     is_leader = topology.tp_rank_of(groups.rank) == 0
     mine = arrivals[topology.replica_of(groups.rank) :: topology.num_replicas]
     mailbox = TimedMailbox(mine) if is_leader else None
-    engine = build_engine(config, groups, mailbox)
+    engine = build_engine(replayable(config), groups, mailbox)
     recorder, ended = RankRecorder(engine, groups, rail, looks_every), threading.Event()
     with closing(engine.runner) as runner:
         changes = recorder.rebalances(config, after_looks, ended)
@@ -59,6 +59,15 @@ def record_rank(
         if script.failure:
             raise MigrationError(f"{script.failure}; give it more requests, or longer ones")
     return recorder.notes
+
+
+def replayable(config: ServeConfig) -> ServeConfig:
+    """Each iteration plans what it then computes, and no cached block is forgotten but for room."""
+    scheduler = config.scheduler.model_copy(update={"async_scheduling": False})
+    cache = config.cache
+    if config.comms.combine == "node":  # each placement would begin with an empty cache
+        cache = cache.model_copy(update={"enable_prefix_caching": False})
+    return config.model_copy(update={"scheduler": scheduler, "cache": cache})
 
 
 def record(
