@@ -2,6 +2,7 @@
 
 import struct
 
+import msgpack
 import pytest
 
 from cluster.server.errors import RequestError
@@ -152,18 +153,27 @@ def test_chats_need_a_template(serving):
 
 
 def test_a_late_word_of_an_aborted_request_is_not_taken_for_its_successor():
-    """A client that tries again at once with the same id: the engine has not heard of the abort."""
-    with serve(step_s=0.05) as serving:
-        for seed in range(3):
-            stream = serving.client.generate_stream(
-                PROMPT, request_id="same", seed=99, max_tokens=100
-            )
-            next(stream), next(stream)
-            stream.close()
-            wait_until(lambda: serving.num_in_flight() == 0)
-            again = serving.client.generate(PROMPT, request_id="same", seed=seed, max_tokens=3)
-            assert list(again.token_ids) == completion(PROMPT, seed, VOCAB_SIZE, 3)
-            assert again.prompt.request_id == "same"
+    """A client tries again at once, with the same id, when the engine has just made another token."""
+    with serve() as serving:
+        leader = serving.leaders[0]
+        leader.held.set()
+        options = {"request_id": "same", "n": 2, "seed": 7, "max_tokens": 3}
+        first = serving.client.generate_stream(PROMPT, **options)
+        next(first)
+        first.close()
+        wait_until(lambda: serving.num_in_flight() == 0)
+        second = serving.client.generate_stream(PROMPT, **options)
+        assert next(second).prompt.request_id == "same"
+        late = [[name, 1, None, None, None] for name in ("same", "same#1")]
+        leader.raw_frames.append(
+            msgpack.packb({"type": "step", "replica": 0, "events": late, "stats": {}})
+        )
+        wait_until(lambda: not leader.raw_frames)
+        leader.held.clear()
+        chunks = list(second)
+        for index in range(2):
+            expected = completion(PROMPT, 7 + index, VOCAB_SIZE, 3)
+            assert joined(chunks, "token_ids", index) == expected
 
 
 def test_an_expired_deadline_is_refused_at_once(serving):

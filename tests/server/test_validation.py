@@ -5,6 +5,7 @@ import math
 import grpc
 import pytest
 from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ PROMPT = [5, 6, 7]
 @pytest.fixture(scope="module")
 def serving():
     with serve(
+        "chat.template=plain",
         "server.max_stop_strings=2",
         "server.max_stop_chars=8",
         "server.max_stop_token_ids=3",
@@ -52,6 +54,21 @@ def serving():
         ({"stop": ["ok", "too long."]}, "stop[1]", "from 1 to 8"),
         ({"stop_token_ids": [1, VOCAB_SIZE]}, "stop_token_ids[1]", f"to {VOCAB_SIZE - 1}"),
         ({"stop_token_ids": [1, 2, 3, 4]}, "stop_token_ids", "at most 3"),
+        ({"min_tokens": -1}, "min_tokens", "from 0"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty", "at most 2"),
+        ({"presence_penalty": math.nan}, "presence_penalty", "at most 2"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty", "above 0"),
+        ({"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias", f"to {VOCAB_SIZE - 1}"),
+        ({"logit_bias": {1: 101.0}}, "logit_bias[1]", "at most 100"),
+        ({"allowed_token_ids": [2**32 - 1]}, "allowed_token_ids[0]", "from 0 to"),
+        ({"bad_words": [""]}, "bad_words[0]", "from 1 to 8"),
+        ({"logprobs": 21}, "logprobs", "from 0 to 20"),
+        ({"prompt_logprobs": 2**32 - 1}, "prompt_logprobs", "from 0 to"),
+        ({"json_schema": "{"}, "constraint.json_schema", "must be JSON"),
+        ({"choices": []}, "constraint.choices", "a text at least"),
+        ({"regex": ""}, "constraint.regex", "from 1 to"),
+        ({"n": 0}, "n = 0", "[1, server.max_choices = 16]"),
+        ({"cache_salt": "x" * 257}, "cache_salt", "1 to 256"),
         ({"request_id": ""}, "request_id", "1 to 256"),
         ({"request_id": "x" * 257}, "request_id", "1 to 256"),
         ({"data_parallel_rank": 2}, "data_parallel_rank = 2", "[0, 1]"),
@@ -105,48 +122,65 @@ def test_too_large_message():
         assert serving.client.generate(PROMPT, max_tokens=1).token_ids
 
 
-WILD_FLOATS = st.floats() | st.floats(0, 2)
-INT32 = st.integers(-(2**31), 2**31 - 1) | st.integers(0, 50)
-UINT32 = st.integers(0, 2**32 - 1) | st.integers(0, VOCAB_SIZE)
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+REQUEST_FIELDS = list(pb.GenerateRequest.DESCRIPTOR.fields)
+SAMPLING_FIELDS = list(pb.SamplingParams.DESCRIPTOR.fields)
+
+
+def values_of(field):
+    """Anything that a field of this kind can hold, and often what it should."""
+    match field.type:
+        case field.TYPE_DOUBLE:
+            return st.floats() | st.floats(0, 2)
+        case field.TYPE_BOOL:
+            return st.booleans()
+        case field.TYPE_STRING:
+            return st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+        case field.TYPE_MESSAGE:
+            return messages_of(field.message_type)
+        case _:
+            low, high = {
+                field.TYPE_INT32: (-(2**31), 2**31 - 1),
+                field.TYPE_UINT32: (0, 2**32 - 1),
+                field.TYPE_UINT64: (0, 2**64 - 1),
+            }[field.type]
+            return st.integers(low, high) | st.integers(0, 50) | st.integers(0, VOCAB_SIZE)
 
 
 @st.composite
-def sampling_messages(draw):
-    message = pb.SamplingParams()
-    for name, values in {
-        "temperature": WILD_FLOATS,
-        "top_p": WILD_FLOATS,
-        "min_p": WILD_FLOATS,
-        "top_k": INT32,
-        "max_tokens": INT32,
-        "seed": st.integers(0, 2**64 - 1),
-        "ignore_eos": st.booleans(),
-    }.items():
-        value = draw(st.none() | values)
-        if value is not None:
-            setattr(message, name, value)
-    message.stop.extend(draw(st.lists(TEXTS, max_size=3)))
-    message.stop_token_ids.extend(draw(st.lists(UINT32, max_size=4)))
+def messages_of(draw, descriptor):
+    """Any message of this type, with any few of its fields."""
+    message = GetMessageClass(descriptor)()
+    for field in draw(st.lists(st.sampled_from(list(descriptor.fields)), max_size=3)):
+        write(message, field, draw)
     return message
+
+
+def write(message, field, draw):
+    target = getattr(message, field.name)
+    entry = field.message_type
+    if entry is not None and entry.GetOptions().map_entry:
+        keys, values = (values_of(entry.fields_by_name[name]) for name in ("key", "value"))
+        target.update(draw(st.dictionaries(keys, values, max_size=4)))
+    elif field.is_repeated:
+        target.extend(draw(st.lists(values_of(field), max_size=4)))
+    elif entry is not None:
+        target.CopyFrom(draw(values_of(field)))
+    else:
+        setattr(message, field.name, draw(values_of(field)))
 
 
 @st.composite
 def request_messages(draw):
-    message = pb.GenerateRequest()
-    for name, values in {
-        "request_id": TEXTS,
-        "model": st.just("tiny") | TEXTS,
-        "data_parallel_rank": UINT32 | st.just(1),
-        "text": TEXTS,
-    }.items():
-        value = draw(st.none() | values)
-        if value is not None:
-            setattr(message, name, value)
+    """A request like any other, of which a few fields, of sampling too, are set to anything."""
+    message = pb.GenerateRequest(sampling=pb.SamplingParams(max_tokens=draw(st.integers(1, 9))))
     if draw(st.booleans()):
-        message.token_ids.ids.extend(draw(st.lists(UINT32, max_size=MAX_MODEL_LEN + 2)))
-    if draw(st.booleans()):
-        message.sampling.CopyFrom(draw(sampling_messages()))
+        message.text = "the cat"
+    else:
+        message.token_ids.ids.extend(draw(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1)))
+    for field in draw(st.lists(st.sampled_from(REQUEST_FIELDS), max_size=2)):
+        write(message, field, draw)
+    for field in draw(st.lists(st.sampled_from(SAMPLING_FIELDS), max_size=2)):
+        write(message.sampling, field, draw)
     return message
 
 
@@ -184,7 +218,8 @@ def test_any_message_is_answered_or_refused_clearly(serving, raw_call, message):
     code, result = raw_call(message.SerializeToString())
     assert code in EXPECTED, result
     if code == grpc.StatusCode.OK:
-        assert result.usage.prompt_tokens + result.usage.completion_tokens <= MAX_MODEL_LEN
+        longest = max(len(choice.token_ids) for choice in (result, *result.more_choices))
+        assert result.usage.prompt_tokens + longest <= MAX_MODEL_LEN
     for leader in serving.leaders:
         for add in leader.of_type("add"):
             assert all(0 <= token_id < VOCAB_SIZE for token_id in add["token_ids"])
