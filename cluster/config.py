@@ -270,6 +270,9 @@ class ObservabilityConfig(Section):
     """json: one object a line, for collectors of logs."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lines below it are not written."""
+    log_dir: str | None = None
+    """Where each process also writes its lines: controller.log, rank-0.log, ... None: to stderr alone,
+    which Ray keeps among its own files."""
     log_requests: bool = False
     """One line for each request that ends: its id, tokens and times. Never its text."""
     otlp_traces_endpoint: str | None = None
@@ -283,6 +286,8 @@ class RayConfig(Section):
     """STRICT_SPREAD: one host per node. PACK: logical nodes may share a host."""
     cpus_per_rank: Annotated[float, Field(ge=0, le=1024)] = 1.0
     """Logical CPUs that Ray sets aside for each rank."""
+    wait_for_hosts_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    """How long the job waits for hosts to join Ray. 0: a cluster that is too small is refused at once."""
     startup_timeout_s: Seconds = 300.0
     """From placing the ranks to the first request."""
 

@@ -13,12 +13,17 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cluster.config import ServeConfig
+
+_HOSTS_POLL_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,15 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", type=Path, help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
     import ray
 
+    from cluster import logs
     from deploy.exit_code import exit_code_of
     from deploy.settings import load_config
 
     def run() -> None:
         config = load_config(options.config, options.overrides)
+        logs.configure(config.observability, "job")
         ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
         serve(config)
 
@@ -47,11 +53,33 @@ def serve(config: ServeConfig) -> None:
     """Serve on the connected Ray until interrupted; raises what ends the cluster before that."""
     from deploy.cluster import running_cluster
 
+    wait_for_hosts(config)
     with running_cluster(config) as cluster:
         print(f"serving {config.model_name} on {cluster.endpoint}", flush=True)
         if cluster.http_url:
             print(f"over HTTP on {cluster.http_url}", flush=True)
         cluster.wait()
+
+
+def wait_for_hosts(config: ServeConfig) -> None:
+    """Until Ray has room for the layout, as after `ray up`, whose workers join after the head.
+
+    Raises NotEnoughResourcesError when `ray.wait_for_hosts_s` is over.
+    """
+    from cluster.controller import NotEnoughResourcesError, check_resources
+
+    deadline = time.monotonic() + config.ray.wait_for_hosts_s
+    told = ""
+    while True:
+        try:
+            return check_resources(config)
+        except NotEnoughResourcesError as error:
+            if time.monotonic() >= deadline:
+                raise
+            if str(error) != told:
+                told = str(error)
+                logger.info("waiting for hosts: %s", told)
+        time.sleep(_HOSTS_POLL_S)
 
 
 def _main_of_script() -> int:

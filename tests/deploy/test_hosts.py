@@ -80,13 +80,17 @@ def ray_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHosts]:
             HEAD: ["--head", "--port=6379", "--num-cpus=0", *dashboard],
             **{host: [f"--address={head}:6379", "--num-cpus=1"] for host in WORKERS},
         }
+        commands = []
         for host, own in options.items():
             address = f"--node-ip-address={hosts.address(host)}"
             command = stack.enter_context(
                 hosts.running(host, [*start, address, *own], **environment)
             )
+            commands.append(command)
             if host == HEAD:  # workers may start together
                 command.wait_for("Ray runtime started", 60)
+        for command in commands:
+            command.wait_for("Ray runtime started", 60)
         yield RayHosts(hosts, testbed, environment, token)
 
 
@@ -118,7 +122,7 @@ server:
   admin_token_file: /tmp/admin-token
   tls_cert_file: /tmp/server.pem
   tls_key_file: /tmp/server.key
-ray: {{placement_strategy: STRICT_SPREAD}}
+ray: {{placement_strategy: STRICT_SPREAD, wait_for_hosts_s: 60}}
 """)
     yield file
     file.unlink()
