@@ -10,8 +10,10 @@ from cluster.config import ServeConfig
 from cluster.server.chat import ChatTemplate
 from cluster.server.client import Client
 from cluster.server.gateway import Gateway
+from cluster.server.http.server import HttpServer
 from cluster.server.observability import Observability
 from cluster.server.request import ModelInfo
+from cluster.server.security import Credentials
 from cluster.server.service import GrpcServer
 from tests.server.stub_leader import StubLeader
 
@@ -52,6 +54,7 @@ class Serving:
         self.tokenizer = tokenizer
         self.rebalancer = None
         self._make_rebalancer = make_rebalancer
+        self._credentials = Credentials.load(self.config.server)
         self._template = ChatTemplate.load(self.config.model, self.config.chat)
         self.leaders = [
             StubLeader(idx, VOCAB_SIZE, eos_token_ids, step_s) for idx in range(num_replicas)
@@ -87,6 +90,10 @@ class Serving:
             self.rebalancer.start()
         self.observability.watch(self.gateway, self.rebalancer)
         self.server = GrpcServer(self.gateway, self.config, self.rebalancer)
+        self.http = None
+        if self.config.server.http_port is not None:
+            self.http = HttpServer(self.gateway, self.config, self._credentials, self.metrics)
+            self.url = f"http://127.0.0.1:{await self.http.start()}"
         return await self.server.start()
 
     def start(self, ready):
@@ -114,6 +121,8 @@ class Serving:
     def close(self):
         self.client.close()
         self.call(self.server.stop(0.2))
+        if self.http:
+            self.call(self.http.stop(0.2))
         if self.rebalancer:
             self.call(self.rebalancer.stop())
         self.call(self.gateway.stop())
@@ -140,7 +149,8 @@ def serve(
 ):
     """`make_rebalancer(eplb_config, gateway)`, where given, answers for the experts.
 
-    With the override chat.template=plain, it takes chats.
+    With the override chat.template=plain it takes chats, with server.http_port=0 it has a `url`; only
+    this asks for tokens.
     """
     tokenizer = byte_level_tokenizer() if with_tokenizer else None
     serving = Serving(overrides, num_replicas, step_s, eos, tokenizer, make_rebalancer)

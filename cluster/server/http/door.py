@@ -2,12 +2,13 @@
 
 import asyncio
 import uuid
-from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _BODY_TIMEOUT_S = 60.0
+_PATIENCE = 8
+"""How many times the largest body is read, and forgotten, of one that is too large."""
 
 
 class Door:
@@ -48,13 +49,20 @@ class _Limited:
             return await self._receive()
         try:
             async with asyncio.timeout(_BODY_TIMEOUT_S):
-                message: Any = await self._receive()
+                message = await self._next()
+                while self._num_bytes > self._max_bytes and not self._complete:
+                    await self._next()  # who still sends does not read our refusal
         except TimeoutError:
             raise HTTPException(408, "the body did not come") from None
-        self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > self._max_bytes:
             raise HTTPException(
                 413, f"the body is larger than server.max_message_mib = {self._max_bytes >> 20}"
             )
-        self._complete = not message.get("more_body", False)
-        return dict(message)
+        return message
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self._num_bytes += len(message.get("body", b""))
+        enough = self._num_bytes > _PATIENCE * self._max_bytes
+        self._complete = enough or not message.get("more_body", False)
+        return message

@@ -30,7 +30,7 @@ STATUS = {
     Code.DEADLINE_EXCEEDED: 504,
 }
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_FIELD = re.compile(r"([a-z][a-z_]*)(?:\[\d+\])*(?: =| must| is empty)")
+_FIELD = re.compile(r"([a-z][a-z_]*)(?:\[\d+\])*(?: =| must| needs|:)")
 """Our messages about a value begin with the name of its field."""
 _OUR_NAMES = {"text": "prompt", "token_ids": "prompt"}
 _UNIONS = re.compile(r"\W|^(str|int|list|dict|none)$")
@@ -66,6 +66,10 @@ def respond_with_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def bad_body(request: Request, error: RequestValidationError) -> JSONResponse:
+        # Pages of other sites can send forms to a server on loopback, but no JSON without asking first.
+        if not request.headers.get("content-type", "").startswith("application/json"):
+            message = "the body must be JSON: send it with `content-type: application/json`"
+            return JSONResponse(error_body(415, message, "invalid_argument"), 415)
         message, param = describe(error.errors())
         return JSONResponse(error_body(400, message, "invalid_argument", param), 400)
 
