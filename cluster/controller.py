@@ -15,6 +15,7 @@ import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster import logs
 from cluster.config import ServeConfig
 from cluster.engine.link_keys import LinkKeys
 from cluster.engine.runner import max_model_len
@@ -46,6 +47,7 @@ class Controller:
     """One model's cluster: `start`, then `wait` until it fails or `stop` is called."""
 
     def __init__(self, config: ServeConfig) -> None:
+        logs.configure(config.observability, "controller")
         self._config = config
         self._topology = config.parallel.topology
         self._placement_group: PlacementGroup | None = None

@@ -9,9 +9,11 @@ import json
 import logging
 import sys
 import time
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
 from typing import Any
 
-from cluster.config import ObservabilityConfig
+from cluster.config import ConfigError, ObservabilityConfig
 
 OUR_PACKAGES = ("cluster", "comms", "deploy", "experts", "router", "simulations")
 LIBRARIES = ("grpc", "uvicorn", "uvicorn.error", "uvicorn.access", "opentelemetry")
@@ -19,19 +21,21 @@ LIBRARIES = ("grpc", "uvicorn", "uvicorn.error", "uvicorn.access", "opentelemetr
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"asctime", "message", "color_message"}
 
 
-def configure(config: ObservabilityConfig, process: str = "") -> None:
-    """Log to stderr from now on; `process` ("controller", "rank 3") stands in each line.
+def configure(config: ObservabilityConfig, process: str) -> None:
+    """Log to stderr, and to a file if one is wanted, from now on.
 
-    Takes the place of what was configured before, also of what uvicorn and gRPC would do by themselves.
+    process: "controller", "rank 3", stands in each line. Takes the place of what was configured before,
+    also of what uvicorn and gRPC would do by themselves. Raises ConfigError for a file that cannot be
+    written.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter(process) if config.log_format == "json" else TextFormatter(process)
-    )
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
-    root.addHandler(handler)
+    for handler in _handlers(config, process):
+        handler.setFormatter(
+            JsonFormatter(process) if config.log_format == "json" else TextFormatter(process)
+        )
+        root.addHandler(handler)
     level = logging.getLevelNamesMapping()[config.log_level.upper()]
     # What libraries say for their own debugging is not for us.
     root.setLevel(max(level, logging.INFO))
@@ -45,12 +49,26 @@ def configure(config: ObservabilityConfig, process: str = "") -> None:
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
 
 
+def _handlers(config: ObservabilityConfig, process: str) -> list[logging.Handler]:
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if config.log_dir is not None:
+        path = Path(config.log_dir) / f"{process.replace(' ', '-')}.log"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # It sees when logrotate has moved the file away.
+            handlers.append(WatchedFileHandler(path, encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"observability.log_dir = {config.log_dir!r}: cannot write {path}: {error.strerror}"
+            ) from None
+    return handlers
+
+
 class TextFormatter(logging.Formatter):
     """`2026-11-22 10:00:00,000 INFO rank 3: message`, and the request's id in brackets if it has one."""
 
-    def __init__(self, process: str = "") -> None:
-        name = process.replace("%", "%%")
-        super().__init__(f"%(asctime)s %(levelname)s {name + ': ' if name else ''}%(message)s")
+    def __init__(self, process: str) -> None:
+        super().__init__(f"%(asctime)s %(levelname)s {process.replace('%', '%%')}: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         line = super().formatMessage(record)
@@ -63,7 +81,7 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time (UTC), level, logger, process, message, what `extra` holds, error."""
 
-    def __init__(self, process: str = "") -> None:
+    def __init__(self, process: str) -> None:
         super().__init__()
         self._process = process
 
@@ -72,10 +90,9 @@ class JsonFormatter(logging.Formatter):
             "time": _utc(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
+            "process": self._process,
             "message": record.getMessage(),
         }
-        if self._process:
-            line["process"] = self._process
         line.update((k, v) for k, v in vars(record).items() if k not in _STANDARD)
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)

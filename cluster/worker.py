@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from cluster import logs
 from cluster.config import ServeConfig
 from cluster.engine.engine import Follower, Leader, build_engine
 from cluster.engine.link_keys import LinkKeys
@@ -26,9 +27,8 @@ logger = logging.getLogger(__name__)
 class Worker:
     """Life of a rank: `where`, `host_store` (rank 0 only), `load`, `run` until told to stop."""
 
-    def __init__(
-        self, config: ServeConfig, topology: Topology, rank: int, keys: LinkKeys
-    ) -> None:
+    def __init__(self, config: ServeConfig, topology: Topology, rank: int, keys: LinkKeys) -> None:
+        logs.configure(config.observability, f"rank {rank}")
         self._config = config
         self._keys = keys
         self._topology = topology

@@ -22,8 +22,11 @@ OBJECT_STORE_BYTES = 80 << 20  # we send small control messages only; Ray's mini
 
 
 @contextmanager
-def local_ray(num_cpus: float) -> Iterator[None]:
-    """Start Ray with `num_cpus` logical CPUs and connect to it; on exit leave nothing behind."""
+def local_ray(num_cpus: float, *, show_logs: bool = False) -> Iterator[None]:
+    """Start Ray with `num_cpus` logical CPUs and connect to it; on exit leave nothing behind.
+
+    show_logs: write what the processes log, which would be lost with Ray's files, to our stderr.
+    """
     directory = Path(tempfile.mkdtemp(prefix="expertmesh-"))
     # The mode stays unset: Ray then turns token authentication on itself and reads our token.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -35,7 +38,7 @@ def local_ray(num_cpus: float) -> Iterator[None]:
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             logging_level=logging.ERROR,
-            log_to_driver=False,
+            log_to_driver=show_logs,
             _temp_dir=str(directory),
             _node_ip_address="127.0.0.1",
         )

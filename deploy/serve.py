@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ray
 
+from cluster import logs
 from cluster.config import ServeConfig
 from deploy.exit_code import exit_code_of
 from deploy.job import serve
@@ -16,18 +17,18 @@ from deploy.settings import load_config, read_config
 
 def serve_command(path: Path | None, overrides: Sequence[str], *, print_only: bool) -> int:
     """Serve until interrupted, or only print the configuration; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
     def run() -> None:
         if print_only:
             print(read_config(path, overrides).to_yaml(), end="")
             return
         config = load_config(path, overrides)
+        logs.configure(config.observability, "serve")
         if os.environ.get("RAY_ADDRESS"):
             ray.init(logging_level=logging.WARNING)
             serve(config)
             return
-        with local_ray(cpus_for(config)):
+        with local_ray(cpus_for(config), show_logs=True):
             serve(config)
 
     return exit_code_of(run, interrupted=0)

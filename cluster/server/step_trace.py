@@ -41,7 +41,7 @@ class StepTracer:
     ) -> AsyncIterator[bytes]:
         """The file, in chunks. Raises RequestError, and then there are no chunks.
 
-        DEADLINE_EXCEEDED if the ranks do not make so many steps in time, as they do without requests.
+        FAILED_PRECONDITION if the ranks do not make so many steps in time, as they do without requests.
         """
         num_steps = DEFAULT_STEPS if num_steps is None else num_steps
         timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
@@ -55,7 +55,7 @@ class StepTracer:
         try:
             traces = await self._record(num_steps, timeout_s)
         except RanksError as error:
-            raise RequestError(Code.DEADLINE_EXCEEDED, str(error)) from None
+            raise RequestError(Code.FAILED_PRECONDITION, str(error)) from None
         finally:
             self._busy = False
         lines = trace_lines(traces)

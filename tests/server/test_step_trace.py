@@ -81,7 +81,7 @@ def test_one_rank_without_steps_ends_it_for_all(ranks):
     ranks[1].slow = True
     with pytest.raises(RequestError, match=r"rank 2 has not recorded .* 0 of 3 steps") as error:
         asyncio.run(file_of(StepTracer(ranks), 3, 1.0))
-    assert error.value.code is Code.DEADLINE_EXCEEDED
+    assert error.value.code is Code.FAILED_PRECONDITION
     assert not any(rank.recording for rank in ranks)
 
 
