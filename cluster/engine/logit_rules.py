@@ -1,8 +1,8 @@
 """What a request wants done to its logits before a token is chosen: masks, biases and penalties.
 
-In the order of vLLM: only allowed tokens, no bad words, no stop token before min_tokens, biases,
-then the penalties: repetition (of prompt and completion), frequency and presence (of the completion).
-A masked logit is -inf. Only the first of these two depends on the other: a bias is penalised, too.
+In the order of vLLM: only allowed tokens, no bad words, no stop token before min_tokens (unless
+nothing else is left), biases, then the penalties: repetition (of prompt and completion), frequency
+and presence (of the completion). A masked logit is -inf; a bias is penalised, too.
 
 What is kept of a sequence is a function of its tokens alone and catches up with them, so it costs
 what its new tokens cost, and is the same after a preemption as without one.
@@ -72,11 +72,18 @@ class LogitRules:
                 if len(word) <= num_emitted + 1 and _ends_with(token_ids, word[:-1]):
                     logits_V[word[-1]] = -np.inf
         if num_emitted < self._params.min_tokens:
-            logits_V[self._stop_ids] = -np.inf
+            self._exclude_stops(logits_V)
         logits_V[self._bias_ids] += self._biases
         if self._counts is not None:
             self._counts.catch_up(token_ids, self._num_prompt)
             self._penalise(logits_V, self._counts)
+
+    def _exclude_stops(self, logits_V: Row) -> None:
+        """Unless nothing else is left: a constraint that is met ends the completion in any case."""
+        kept = logits_V[self._stop_ids]
+        logits_V[self._stop_ids] = -np.inf
+        if logits_V.max() == -np.inf:
+            logits_V[self._stop_ids] = kept
 
     def _penalise(self, logits_V: Row, counts: "TokenCounts") -> None:
         params, ids, completion = self._params, counts.ids, counts.in_completion

@@ -116,7 +116,7 @@ def test_rules_that_leave_nothing_fail_alone_and_say_so():
     rows = [sequence(seed=1), impossible, hidden, sequence(seed=2, logprobs=0)]
     first, second, third, fourth = sampled(logits_NV, rows)
     assert (second.token_id, third.token_id) == (FAILED, FAILED)
-    assert "leave no token" in second.error
+    assert "no token is left" in second.error
     assert third.error is None
     assert first == sampled(logits_NV[:1], rows[:1])[0]
     assert fourth.logprob.token_id == fourth.token_id
