@@ -93,7 +93,8 @@ class JsonFormatter(logging.Formatter):
             "process": self._process,
             "message": record.getMessage(),
         }
-        line.update((k, v) for k, v in vars(record).items() if k not in _STANDARD)
+        extra = {k: v for k, v in vars(record).items() if k not in _STANDARD and k[0] != "_"}
+        line.update(extra)
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
