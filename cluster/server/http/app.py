@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 
 from cluster.server.gateway import Gateway
 from cluster.server.http.chat_completions import chat_routes
@@ -10,11 +10,16 @@ from cluster.server.http.completions import completion_routes
 from cluster.server.http.door import Door
 from cluster.server.http.errors import respond_with_errors
 from cluster.server.http.info import info_routes, open_routes, token_routes
-from cluster.server.http.live import live_routes
+from cluster.server.http.live import FILES, live_routes
 from cluster.server.live_state import LiveState
 from cluster.server.metrics import Metrics
 from cluster.server.security import Credentials
 from cluster.server.tokenizer import TokenTexts
+
+_OPEN = frozenset(
+    {"/health", "/version", "/openapi.json", "/", "/live", *(f"/live/{name}" for name in FILES)}
+)
+"""For probes, generators of clients and browsers: none of these has a token, nor tells any secret."""
 
 
 def make_app(
@@ -29,15 +34,11 @@ def make_app(
     app = FastAPI(title="expertmesh", docs_url=None, redoc_url=None)
     respond_with_errors(app)
     texts = TokenTexts(gateway.tokenizer)
-    guarded = [
-        completion_routes(gateway, texts),
-        chat_routes(gateway, texts),
-        info_routes(gateway, metrics),
-        token_routes(gateway),
-    ]
     app.include_router(open_routes(gateway))
-    for routes in guarded:
-        app.include_router(routes, dependencies=[Depends(authorized)])
+    app.include_router(completion_routes(gateway, texts))
+    app.include_router(chat_routes(gateway, texts))
+    app.include_router(info_routes(gateway, metrics))
+    app.include_router(token_routes(gateway))
     if live:
         app.include_router(live_routes(live, authorized))
-    return Door(app, gateway.config.server.max_message_mib << 20)
+    return Door(app, credentials, _OPEN, gateway.config.server.max_message_mib << 20)

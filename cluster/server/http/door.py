@@ -1,10 +1,15 @@
-"""What every HTTP request passes on its way in: an id, and limits of its body."""
+"""What every HTTP request passes on its way in: an id, a look at its token, and limits of its body."""
 
 import asyncio
 import uuid
+from collections.abc import Collection
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.server.errors import RequestError
+from cluster.server.http.errors import response_of
+from cluster.server.security import Credentials
 
 _BODY_TIMEOUT_S = 60.0
 _PATIENCE = 8
@@ -12,18 +17,29 @@ _PATIENCE = 8
 
 
 class Door:
-    """ASGI middleware; the request's id is in `scope["state"]["request_id"]` and in the answer."""
+    """ASGI middleware; the request's id is in `scope["state"]["request_id"]` and in the answer.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    Paths that are not among `open_paths` need a user's token, if the server has any.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        credentials: Credentials,
+        open_paths: Collection[str],
+        max_body_bytes: int,
+    ) -> None:
         self._app = app
+        self._credentials = credentials
+        self._open_paths = open_paths
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = sent or uuid.uuid4().hex
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1") or uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         header = (b"x-request-id", request_id.encode("latin-1"))
 
@@ -32,6 +48,12 @@ class Door:
                 message["headers"] = [*message.get("headers", ()), header]
             await send(message)
 
+        try:
+            if scope["path"] not in self._open_paths:
+                self._credentials.check_user(headers.get(b"authorization"))
+        except RequestError as error:  # before anything of the body is read
+            await response_of(error)(scope, receive, send_with_id)
+            return
         await self._app(scope, _Limited(receive, self._max_body_bytes), send_with_id)
 
 

@@ -53,6 +53,15 @@ def body_of(error: RequestError) -> dict[str, Any]:
     return error_body(status_of(error), error.message, error.code.lower(), param)
 
 
+def response_of(error: RequestError) -> JSONResponse:
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if error.code is Code.UNAUTHENTICATED:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body_of(error), status_of(error), headers)
+
+
 def status_of(error: RequestError) -> int:
     return STATUS.get(error.code, 500)
 
@@ -62,7 +71,7 @@ def respond_with_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def ours(request: Request, error: RequestError) -> JSONResponse:
-        return JSONResponse(body_of(error), status_of(error), _headers(error))
+        return response_of(error)
 
     @app.exception_handler(RequestValidationError)
     async def bad_body(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -112,12 +121,3 @@ def describe(errors: Sequence[Any]) -> tuple[str, str | None]:
 
 def _shown(value: Any) -> str:
     return json.dumps(value, default=str)[:100]
-
-
-def _headers(error: RequestError) -> dict[str, str]:
-    headers = {}
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    if error.code is Code.UNAUTHENTICATED:
-        headers["WWW-Authenticate"] = "Bearer"
-    return headers
