@@ -1,6 +1,6 @@
 """Owns every request from admission to its last token, whatever front end it came through.
 
-    validate -> reserve a place -> tokenize -> least loaded replica -> events in, chunks out
+    validate -> reserve a place -> tokenize -> choose a replica -> events in, chunks out
 
 A replica is a cache: prompt, parameters, seed and tokens so far live here. A request ends in
 exactly one place, `_end`, for exactly one reason: it finished, its reader left, its deadline or
@@ -22,12 +22,12 @@ from cluster.engine.link_keys import LinkKeys
 from cluster.engine.sampling_params import SamplingParams
 from cluster.engine.sequence import TokenEvent
 from cluster.server import wire
+from cluster.server.admission import Admission
 from cluster.server.chat import ChatTemplate
 from cluster.server.choice import Choice
 from cluster.server.errors import Code, RequestError
 from cluster.server.in_flight import InFlight
 from cluster.server.leaders import LeaderLinks, Replica
-from cluster.server.least_loaded import least_loaded
 from cluster.server.observer import NO_OBSERVER, Observer
 from cluster.server.pace import Pace
 from cluster.server.prompt import Prompt, PromptReader
@@ -81,6 +81,9 @@ class Gateway:
         self._keys = keys
         self._observer = observer
         self._prompts = PromptReader(model_info, tokenizer, chat)
+        self._admission = Admission(
+            config.cache.block_size if config.cache.enable_prefix_caching else None
+        )
         self._seeds = random.Random(config.seed)
         self._links: LeaderLinks | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -118,6 +121,7 @@ class Gateway:
     def attach(self, replica: int, leader_address: str) -> None:
         """Connect to the leader of a replica; what an earlier leader of it was doing has failed."""
         self._end_all_of(replica, f"replica {replica} was replaced")
+        self._admission.forget(replica)
         self._opened.attach(replica, leader_address)
 
     def set_ready(self, ready: bool) -> None:
@@ -209,6 +213,7 @@ class Gateway:
 
     def flush_cache(self) -> int:
         """Tell the replicas to forget cached prompts that no request uses; returns how many."""
+        self._admission.forget()
         frame = wire.pack_signal("flush_cache")
         return sum(replica.try_send(frame) for replica in self.replicas)
 
@@ -266,7 +271,7 @@ class Gateway:
             left_s = arrived + request.deadline_s - time.monotonic()
             if left_s <= 0:
                 raise _late(request)
-        replica = self._choose(request.replica)
+        replica = self._choose(request, prompt, params)
         info = PromptInfo(
             request_id=request_id,
             num_tokens=len(prompt.token_ids),
@@ -299,13 +304,22 @@ class Gateway:
         self._observer.admitted(admitted)
         return admitted
 
-    def _choose(self, wanted: int | None) -> Replica:
-        """The one that the request names, else the least loaded."""
-        if wanted is not None:
-            if wanted not in self._opened.replicas:
-                raise RequestError(Code.UNAVAILABLE, f"replica {wanted} is not attached")
-            return self._opened.replicas[wanted]
-        return least_loaded(self.replicas)
+    def _choose(
+        self, request: GenerationRequest, prompt: Prompt, params: SamplingParams
+    ) -> Replica:
+        """The one that the request names, else the one that admission does."""
+        wanted, salt = request.replica, request.cache_salt
+        if wanted is None:
+            return self._admission.choose(
+                self.replicas,
+                prompt.token_ids,
+                output_tokens=params.max_tokens,
+                cache_salt=salt,
+            )
+        if wanted not in self._opened.replicas:
+            raise RequestError(Code.UNAVAILABLE, f"replica {wanted} is not attached")
+        self._admission.sent(wanted, prompt.token_ids, salt)
+        return self._opened.replicas[wanted]
 
     def _end(
         self,

@@ -38,6 +38,11 @@ class Replica:
     def __str__(self) -> str:
         return f"replica {self.idx} ({self.address})"
 
+    @property
+    def kv_usage(self) -> float:
+        """Share of KV blocks that sequences hold, as last reported."""
+        return self.stats.kv_usage
+
     def try_send(self, frame: bytes) -> bool:
         """Never blocks; False if the leader has not read thousands of frames."""
         if self.unsent:
