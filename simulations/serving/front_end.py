@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 
 from cluster.engine.sequence import TokenEvent
+from cluster.server.admission import Admission
 from cluster.server.errors import RequestError
-from cluster.server.least_loaded import least_loaded
 from cluster.server.request import ModelInfo
 from cluster.server.request_table import RequestTable
 from cluster.server.validation import check_prompt_length
@@ -53,6 +53,7 @@ class FrontEnd:
         """What the first request that was rejected or failed was told."""
         self._model = ModelInfo(name="", vocab_size=1, max_model_len=max_model_len)
         self._table = RequestTable(max_num_queued_reqs)
+        self._admission = Admission()  # simulated prompts have lengths, and nothing in common
         self._homeless: list[Request] = []
 
     @property
@@ -117,8 +118,8 @@ class FrontEnd:
             self.num_failed += 1
 
     def _send(self, request: Request) -> bool:
-        """To the least loaded replica; False where it says that the request can never run."""
-        replica = least_loaded(self.replicas)
+        """To the replica of admission; False where it says that the request can never run."""
+        replica = self._admission.choose(self.replicas)
         if replica.suspect:
             self._homeless.append(request)
             return True
