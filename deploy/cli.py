@@ -37,6 +37,13 @@ Overrides = Annotated[
 ]
 
 
+Preset = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A task of the server, such as math-tutor.")
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message of the chat.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy. Default: 0, or what the preset has.")
+]
 TestbedName = Annotated[str, typer.Option("--name", help="Which testbed, if you have several.")]
 
 
@@ -101,27 +108,74 @@ def credentials(
 
 @app.command()
 @with_server
-def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+def health(
     server: Server,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for it.")] = 3.0,
+) -> None:
+    """Exit 0 when a server is ready for requests, else 1. Needs no token."""
+    from deploy.health import health_command
+
+    raise typer.Exit(health_command(server, timeout))
+
+
+@app.command()
+@with_server
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or to answer.")],
+    server: Server,
+    chat: Annotated[bool, typer.Option("--chat", help="Send it as a message of a chat.")] = False,
+    preset: Preset = None,
+    system: System = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")] = 1.0,
+    temperature: Temperature = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest tokens of this mass. Default: all.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
 ) -> None:
-    """Stream a completion from a running cluster to the terminal."""
+    """Stream a completion, or the answer to a message, from a running cluster to the terminal."""
     from deploy.generate import generate_command
 
     raise typer.Exit(
         generate_command(
             prompt,
             server=server,
+            chat=chat,
+            preset=preset,
+            system=system,
             max_tokens=max_tokens,
-            temperature=temperature,
+            temperature=0.0 if temperature is None and preset is None else temperature,
             top_p=top_p,
             seed=seed,
-            stop=stop or [],
+            stop=stop or None,
+        )
+    )
+
+
+@app.command()
+@with_server
+def chat(
+    server: Server,
+    preset: Preset = None,
+    system: System = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer. Default: the server's.")
+    ] = None,
+    temperature: Temperature = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
+) -> None:
+    """Talk with the model of a running cluster. Ctrl-C ends an answer, Ctrl-D the chat."""
+    from deploy.chat import chat_command
+
+    raise typer.Exit(
+        chat_command(
+            server=server,
+            preset=preset,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=0.0 if temperature is None and preset is None else temperature,
+            seed=seed,
         )
     )
 
@@ -491,6 +545,24 @@ def bench_serve(
             config=config,
         )
     )
+
+
+@bench.command("storm")
+def bench_storm(
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests, of all kinds.")] = 2000,
+    concurrency: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Random cancellations, disconnects and malformed requests against a real cluster here.
+
+    Exits 1 when it fails one for reasons of its own, keeps memory, or changes others' tokens.
+    """
+    from deploy.storm.command import storm_command
+
+    raise typer.Exit(storm_command(config, overrides or [], requests, concurrency, seed, json_file))
 
 
 @bench.command("simulator")
