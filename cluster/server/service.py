@@ -11,6 +11,7 @@ from cluster.server.access import TokenCheck
 from cluster.server.gateway import Gateway
 from cluster.server.proto.expertmesh.v1 import control_pb2_grpc, inference_pb2_grpc
 from cluster.server.security import Credentials
+from cluster.server.unreadable import RefuseUnreadable
 
 _KEEPALIVE_MS = 30_000
 _KEEPALIVE_TIMEOUT_MS = 10_000
@@ -46,7 +47,7 @@ class GrpcServer:
         names = (inference.SERVICE_NAME, control.SERVICE_NAME)
         open_services = (health.SERVICE_NAME, reflection.SERVICE_NAME)
         server = grpc.aio.server(
-            interceptors=[TokenCheck(self._credentials, open_services)],
+            interceptors=[TokenCheck(self._credentials, open_services), RefuseUnreadable()],
             options=self._options(),
             maximum_concurrent_rpcs=config.max_concurrent_rpcs,
         )

@@ -204,3 +204,21 @@ def test_oversized_metadata_and_messages_are_refused_and_the_next_call_is_served
         large = pb.GenerateRequest(text="x" * (2 << 20))
         assert code_of(lambda: call(large)) == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert len(call(ASK).token_ids) == 2
+
+
+@pytest.mark.parametrize("method", ["Inference/Generate", "Inference/GenerateStream"])
+def test_bytes_that_are_no_message_are_the_clients_fault(method, caplog):
+    with serve() as serving, grpc.insecure_channel(serving.address) as channel:
+        call = channel.unary_stream(f"/expertmesh.v1.{method}")
+        with pytest.raises(grpc.RpcError, match="cannot be read") as caught:
+            list(call(b"\xff\xff", timeout=10))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert len(pb_grpc.InferenceStub(channel).Generate(ASK).token_ids) == 2
+    assert not caplog.records
+
+
+def test_a_drain_that_cannot_be_read_drains_nothing():
+    with serve() as serving, grpc.insecure_channel(serving.address) as channel:
+        call = channel.unary_unary("/expertmesh.v1.Control/Drain")
+        assert code_of(lambda: call(b"\xff", timeout=10)) == grpc.StatusCode.INVALID_ARGUMENT
+        assert not serving.gateway.draining
