@@ -565,6 +565,24 @@ def bench_storm(
     raise typer.Exit(storm_command(config, overrides or [], requests, concurrency, seed, json_file))
 
 
+@bench.command("storm")
+def bench_storm(
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests, of all kinds.")] = 2000,
+    concurrency: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Random cancellations, disconnects and malformed requests against a real cluster here.
+
+    Exits 1 when it fails one for reasons of its own, keeps memory, or changes others' tokens.
+    """
+    from deploy.storm.command import storm_command
+
+    raise typer.Exit(storm_command(config, overrides or [], requests, concurrency, seed, json_file))
+
+
 @bench.command("simulator")
 def bench_simulator(json_file: JsonFile = None) -> None:
     """Simulated steps a second: 64 ranks on one core, 9,936 ranks on two; and peak memory."""

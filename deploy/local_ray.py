@@ -22,10 +22,11 @@ OBJECT_STORE_BYTES = 80 << 20  # we send small control messages only; Ray's mini
 
 
 @contextmanager
-def local_ray(num_cpus: float, *, show_logs: bool = False) -> Iterator[None]:
+def local_ray(num_cpus: float, *, show_logs: bool = False) -> Iterator[Path]:
     """Start Ray with `num_cpus` logical CPUs and connect to it; on exit leave nothing behind.
 
-    show_logs: write what the processes log, which would be lost with Ray's files, to our stderr.
+    show_logs: write what the processes log, which would be lost with Ray's files, to our stderr. Yields the
+    directory; the logs are below its session_latest/logs.
     """
     directory = Path(tempfile.mkdtemp(prefix="expertmesh-"))
     # The mode stays unset: Ray then turns token authentication on itself and reads our token.
@@ -42,7 +43,7 @@ def local_ray(num_cpus: float, *, show_logs: bool = False) -> Iterator[None]:
             _temp_dir=str(directory),
             _node_ip_address="127.0.0.1",
         )
-        yield
+        yield directory
     finally:
         started = _processes_of(directory)
         with suppress(Exception):  # a Ray that never came up has nothing to shut down

@@ -1,0 +1,1 @@
+"""A storm of cancellations, disconnects and malformed requests against a real cluster: see `command`."""
