@@ -54,7 +54,7 @@ class MoELayer:
 
     Since the start, `routed_E` counts the gate's choices for this rank's own tokens, by logical
     expert, and `tokens_per_slot_S` the (token, expert) pairs computed here; `recent_TK` are the
-    choices of the latest batch.
+    choices of the latest batch. Batches append theirs to `record` where a list is put there.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class MoELayer:
         self.tokens_per_slot_S = torch.zeros(slots.num_slots, dtype=torch.int64)
         self.routed_E = torch.zeros(layer_placement.num_experts, dtype=torch.int64)
         self.recent_TK = torch.empty(0, 1, dtype=torch.int64)
+        self.record: list[Tensor] | None = None
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """out_TH in x's dtype: weighted routed experts plus the shared expert. T may be 0."""
@@ -93,6 +94,8 @@ class MoELayer:
             counts_E = _count(ids_TK, len(self.routed_E))
             self.routed_E += counts_E
             self.recent_TK = ids_TK
+            if self.record is not None:
+                self.record.append(ids_TK)
             range_T = None
             if self.gains_E is not None:
                 range_T = token_ranges(ids_TK, weights_TK, self.gains_E)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from cluster.engine.constraint import Constraint
-from cluster.engine.json_schema import check_json_schema
+from cluster.engine.json_schema import enforceable
 
 MAX_TOKEN_S: Final = 0.1
 """Processor time for one token; a constraint that takes longer holds up everybody."""
@@ -62,13 +62,12 @@ class GuideCompiler:
 
     def compile(self, constraint: Constraint) -> Any:
         """What `Guide` follows; ValueError with the reason when it is no constraint we can keep."""
-        if constraint.kind == "json_schema":
-            check_json_schema(constraint.text)
         try:
             match constraint.kind:
                 case "json_schema":
+                    schema = enforceable(constraint.text)
                     return self._compiler.compile_json_schema(
-                        constraint.text, max_whitespace_cnt=_MAX_WHITESPACE
+                        schema, max_whitespace_cnt=_MAX_WHITESPACE
                     )
                 case "regex":
                     return self._compiler.compile_regex(constraint.text)

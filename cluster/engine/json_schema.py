@@ -1,8 +1,9 @@
-"""Refuses what xgrammar would let a completion break: a schema is kept completely, or not taken.
+"""JSON schemas such as xgrammar keeps completely; what it would let a completion break is refused.
 
-Found by trying: keywords that it passes over, and those that it passes over beside others. Annotations
-and unknown keywords mean nothing to a validator either. `oneOf` is taken as `anyOf`, and an object has
-no properties but those that the schema speaks of.
+Found by trying: keywords that it passes over, those that it passes over beside others, and lengths of
+strings, in which it allows control characters (rewritten as patterns). Annotations and unknown keywords
+mean nothing to a validator either. `oneOf` is taken as `anyOf`, and an object has no properties but
+those that the schema speaks of.
 """
 
 import json
@@ -46,12 +47,15 @@ _TYPES = {
 }
 
 
-def check_json_schema(text: str) -> None:
-    """Raise ValueError with the place and the keyword that could not be kept."""
-    _check(json.loads(text), "#")
+def enforceable(text: str) -> str:
+    """The same schema for xgrammar; ValueError with the place and the keyword that cannot be kept."""
+    schema = json.loads(text)
+    _prepare(schema, "#")
+    return json.dumps(schema)
 
 
-def _check(schema: Any, at: str) -> None:
+def _prepare(schema: Any, at: str) -> None:
+    """Check a schema and those inside it, and rewrite them in place."""
     if isinstance(schema, bool):
         return
     if not isinstance(schema, dict):
@@ -67,15 +71,18 @@ def _check(schema: Any, at: str) -> None:
         if len(both := sorted(exclusive & schema.keys())) > 1:
             raise _refusal(at, f"{both[0]} cannot be enforced together with {both[1]}")
     _check_types(schema, typed, at)
+    if typed & {"minLength", "maxLength"}:
+        fewest, most = schema.pop("minLength", 0), schema.pop("maxLength", "")
+        schema["pattern"] = f"^.{{{fewest},{most}}}$"
     for key, value in schema.items():
         if key in _MAPS and isinstance(value, Mapping):
             for name, inner in value.items():
-                _check(inner, f"{at}/{key}/{name}")
+                _prepare(inner, f"{at}/{key}/{name}")
         elif key in _LISTS and isinstance(value, list):
             for idx, inner in enumerate(value):
-                _check(inner, f"{at}/{key}/{idx}")
+                _prepare(inner, f"{at}/{key}/{idx}")
         elif key in _SINGLE:
-            _check(value, f"{at}/{key}")
+            _prepare(value, f"{at}/{key}")
 
 
 def _check_types(schema: dict[str, Any], typed: set[str], at: str) -> None:

@@ -21,6 +21,7 @@ from cluster.engine.plan import StepPlan
 from cluster.engine.step_timer import StepTimer
 from cluster.model.config import ModelConfig
 from cluster.model.kv_cache import KVCache
+from cluster.model.routing import gather, recorded
 from cluster.model.transformer import Transformer
 from comms.groups import ParallelGroups
 from comms.transfer_server import TransferServer
@@ -113,7 +114,12 @@ class Runner:
             batch = forward_batch(plan, self.cache.block_size)
         self.model.where.step = self.num_steps
         try:
-            return self.model.forward(batch, self.cache, max_tokens)
+            if not plan.wants_routed_experts:
+                return self.model.forward(batch, self.cache, max_tokens)
+            with recorded(self.model.moe_layers) as choices:
+                logits = self.model.forward(batch, self.cache, max_tokens)
+            self.routed_TLK = gather(choices, self.model.tp, batch.num_tokens)
+            return logits
         finally:
             self.model.where.step = -1
             self.num_steps += 1

@@ -97,14 +97,15 @@ def _containers(inner):
         )
         | st.builds(lambda options: {"anyOf": options}, st.lists(inner, min_size=1, max_size=3))
         | st.builds(
-            lambda properties, number: {
+            lambda properties, number, others: {
                 "type": "object",
                 "properties": properties,
                 "required": sorted(properties)[:number],
-                "additionalProperties": False,
+                "additionalProperties": others,
             },
             st.dictionaries(names, inner, max_size=3),
             st.integers(0, 3),
+            st.just(False) | inner,
         )
     )
 
