@@ -51,11 +51,8 @@ class Choice:
         self._logprobs: list[TokenLogprob] = []
         self._prompt_logprobs: list[TokenLogprob] = []
         self._routed_experts: list[RoutedExperts] = []
-
-    @property
-    def num_unread(self) -> int:
-        """Tokens that the reader has not seen."""
-        return len(self.token_ids) - self._num_taken
+        self._has_details = False
+        """Whether one of the last three lists has anything, as it is for few requests."""
 
     def accept(self, event: TokenEvent) -> Finish | None:
         """Take in one event of the engine; returns how the choice is to finish, if it is.
@@ -67,15 +64,11 @@ class Choice:
         token_id = event.token_id
         if token_id is not None:
             self.token_ids.append(token_id)
-            if event.logprob is not None:
-                self._logprobs.append(event.logprob)
             if token_id != event.stop_token_id and self._detokenizer is not None:
                 self._show(self._detokenizer.add(token_id))
                 finish = self._stop_string_finish()
-        if event.prompt_logprobs:
-            self._prompt_logprobs += event.prompt_logprobs
-        if event.routed_experts:
-            self._routed_experts += event.routed_experts
+        if event.logprob or event.prompt_logprobs or event.routed_experts:
+            self._add_details(event)
         if finish is None and event.finish_reason is not None:
             finish = self._finish_of(event)
         return finish
@@ -92,18 +85,28 @@ class Choice:
         """Everything since the last call; with `finish` once the choice has ended."""
         token_ids = tuple(self.token_ids[self._num_taken :])
         self._num_taken = len(self.token_ids)
+        text, self._text = "".join(self._text), []
+        if not self._has_details:
+            return Chunk(index=self.index, text=text, token_ids=token_ids, finish=self.finish)
         chunk = Chunk(
             index=self.index,
-            text="".join(self._text),
+            text=text,
             token_ids=token_ids,
             finish=self.finish,
             logprobs=tuple(self._logprobs),
             prompt_logprobs=tuple(self._prompt_logprobs),
             routed_experts=tuple(self._routed_experts),
         )
-        for taken in (self._text, self._logprobs, self._prompt_logprobs, self._routed_experts):
-            taken.clear()
+        self._logprobs, self._prompt_logprobs, self._routed_experts = [], [], []
+        self._has_details = False
         return chunk
+
+    def _add_details(self, event: TokenEvent) -> None:
+        self._has_details = True
+        if event.logprob is not None:
+            self._logprobs.append(event.logprob)
+        self._prompt_logprobs += event.prompt_logprobs
+        self._routed_experts += event.routed_experts
 
     def _show(self, text: str) -> None:
         if text:

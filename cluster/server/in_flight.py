@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 
 from cluster.engine.sampling_params import SamplingParams
 from cluster.engine.sequence import TokenEvent
@@ -41,10 +40,14 @@ class InFlight:
         self.queue_ms: float | None = None
         """From arrival until the engine began with the first choice; None before."""
         self.deadline: asyncio.TimerHandle | None = None
+        self.num_unread = 0
+        """Tokens that the reader has not seen."""
         self._ready: deque[Choice] = deque()
+        """Choices that have news."""
         self._num_unfinished = len(choices)
         self._error: RequestError | None = None
-        self._news = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        """The reader, where it waits for news."""
 
     @property
     def num_choices(self) -> int:
@@ -54,10 +57,6 @@ class InFlight:
     def num_completion_tokens(self) -> int:
         """Of all choices together."""
         return sum(len(choice.token_ids) for choice in self.choices)
-
-    @property
-    def num_unread(self) -> int:
-        return sum(choice.num_unread for choice in self.choices)
 
     @property
     def all_finished(self) -> bool:
@@ -81,6 +80,8 @@ class InFlight:
     def accept(self, choice: Choice, event: TokenEvent) -> Finish | None:
         """Take in one event of the engine; returns how the choice is to finish, if it is."""
         finish = choice.accept(event)
+        if event.token_id is not None:
+            self.num_unread += 1
         if choice.index == 0:
             if event.cached_tokens is not None:
                 self.cached_tokens = event.cached_tokens
@@ -98,7 +99,7 @@ class InFlight:
     def fail(self, error: RequestError) -> None:
         """Nothing more will come at all; the reader gets what is left, then the error."""
         self._error = error
-        self._news.set()
+        self._wake()
 
     async def next_chunk(self) -> Chunk:
         """What is new of one choice, waiting for news; the very last with `usage`, or raises the error.
@@ -108,20 +109,26 @@ class InFlight:
         while not self._ready:
             if self._error is not None:
                 raise self._error
-            self._news.clear()
-            await self._news.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         choice = self._ready.popleft()
         choice.queued = False
         chunk = choice.take()
+        self.num_unread -= len(chunk.token_ids)
         if self.all_finished and not self._ready:
-            return replace(chunk, usage=self._usage())
+            chunk.usage = self._usage()
         return chunk
 
     def _announce(self, choice: Choice) -> None:
         if not choice.queued:
             choice.queued = True
             self._ready.append(choice)
-            self._news.set()
+            self._wake()
+
+    def _wake(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():
+            reader.set_result(None)
 
     def _usage(self) -> Usage:
         now = time.monotonic()

@@ -25,6 +25,7 @@ _LIMITS = {
 _NUM_FIELDS = len(TokenEvent._fields)
 _NUM_REQUIRED = 5
 _NO_EXTRAS: list[Any] = [None, [], [], None, None]
+_NOTHING_ELSE = [None, None, None, *_NO_EXTRAS]
 
 
 class WireError(ValueError):
@@ -134,6 +135,8 @@ def _parse_event(event: Any) -> TokenEvent:
     if not isinstance(event, list) or not _NUM_REQUIRED <= len(event) <= _NUM_FIELDS:
         raise WireError(f"an event is not a list of {_NUM_FIELDS}: {event!r:.100}")
     request_id, token_id, finish_reason, stop_token_id, error = event[:_NUM_REQUIRED]
+    if event[2:] == _NOTHING_ELSE and type(request_id) is str:  # nearly all are like this
+        return TokenEvent(request_id, None if token_id is None else _number(token_id, "token_id"))
     if not isinstance(request_id, str):
         raise WireError(f"request_id is not a string: {request_id!r:.100}")
     for name, text in (("finish_reason", finish_reason), ("error", error)):
@@ -146,8 +149,8 @@ def _parse_event(event: Any) -> TokenEvent:
 
 
 def _parse_extras(values: list[Any]) -> tuple[Any, ...]:
-    """The fields from `logprob` on, as far as they are there; most events have none of them."""
-    if values in ([], _NO_EXTRAS):
+    """The fields from `logprob` on, as far as they are there."""
+    if not values:
         return ()
     values = values + _NO_EXTRAS[len(values) :]
     logprob, prompt_logprobs, routed_experts, cached_tokens, queue_ms = values
