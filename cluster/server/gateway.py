@@ -393,8 +393,9 @@ class Gateway:
             return  # ended here before the engine learned of it
         if event.error is not None:
             failed = RequestError(Code.INTERNAL, f"the engine failed this request: {event.error}")
-            # Its other choices go on there until they are told to end.
-            self._end(request, error=failed, tell_engine=request.num_choices > 1)
+            # What goes on there, itself or its other choices, must be told to end.
+            goes_on = event.finish_reason is None or request.num_choices > 1
+            self._end(request, error=failed, tell_engine=goes_on)
             return
         try:
             finish = request.accept(choice, event)

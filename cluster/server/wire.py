@@ -114,7 +114,8 @@ def _pack(message: Mapping[str, Any]) -> bytes:
 
 
 def parse_step(frame: bytes) -> StepFrame:
-    """Decode and check one frame of a leader; raises WireError for anything malformed."""
+    """Decode and check one frame of a leader; raises WireError for anything malformed, unless only
+    events of some requests are: these become events with an `error` and no `finish_reason`."""
     try:
         message = msgpack.unpackb(frame, strict_map_key=True, raw=False, **_LIMITS)
     except (ValueError, msgpack.UnpackException) as error:
@@ -126,9 +127,19 @@ def parse_step(frame: bytes) -> StepFrame:
         raise WireError(f"events is not a list but {type(events).__name__}")
     return StepFrame(
         replica=_number(message.get("replica"), "replica"),
-        events=tuple(_parse_event(event) for event in events),
+        events=tuple(_parse_or_fail(event) for event in events),
         stats=_parse_stats(message.get("stats")),
     )
+
+
+def _parse_or_fail(event: Any) -> TokenEvent:
+    """An event that is malformed ends its own request; the others' tokens in the frame are good."""
+    try:
+        return _parse_event(event)
+    except WireError as error:
+        if isinstance(event, list) and event and type(event[0]) is str:
+            return TokenEvent(event[0], error=f"what the engine told of it is malformed: {error}")
+        raise
 
 
 def _parse_event(event: Any) -> TokenEvent:

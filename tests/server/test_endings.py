@@ -257,11 +257,7 @@ def frame(**changes):
         frame(replica=99),
         frame(replica=-1),
         frame(events=None),
-        frame(events=[["same", 1]]),
-        frame(events=[["same", -5, None, None, None]]),
-        frame(events=[["same", True, None, None, None]]),
         frame(events=[[3, 1, None, None, None]]),
-        frame(events=[["same", 1, 2, None, None]]),
         frame(events=[["same", msgpack.ExtType(5, b"x"), None, None, None]]),
         frame(stats={"kv_usage": "high"}),
         frame(stats={1: 2}),
@@ -276,6 +272,30 @@ def test_malformed_frame_is_dropped(data, caplog):
         token_ids = [i for chunk in stream for i in chunk.token_ids]
         assert token_ids == completion(PROMPT, 0, VOCAB_SIZE, 40)
         wait_until(lambda: any("dropped" in r.getMessage() for r in caplog.records))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        ["odd", 1],
+        ["odd", -5, None, None, None],
+        ["odd", True, None, None, None],
+        ["odd", 1, 2, None, None],
+        ["odd", 1, None, None, None, [1, float("nan"), 1, [], []], [], [], None, None],
+    ],
+)
+def test_malformed_event_ends_its_request_only_here_and_there(event):
+    """Other tokens of the same frame arrive; without its own the request would go on wrong."""
+    with serve() as serving:
+        serving.leaders[0].held.set()
+        odd = serving.client.generate_stream(PROMPT, request_id="odd")
+        good = serving.client.generate_stream(PROMPT, request_id="good")
+        next(odd), next(good)
+        others = [["good", 7, None, None, None], ["good", 8, "length", None, None]]
+        serving.leaders[0].raw_frames.append(frame(events=[others[0], event, others[1]]))
+        assert [i for chunk in good for i in chunk.token_ids] == [7, 8]
+        fails("INTERNAL", "malformed", lambda: odd)
+        assert [abort["request_id"] for abort in serving.leaders[0].wait_for("abort")] == ["odd"]
 
 
 def test_unknown_finish_reason_ends_that_request_only():

@@ -123,8 +123,21 @@ def test_events_may_leave_out_their_last_fields(events):
 def test_routed_experts_of_a_wrong_size(routed):
     event = ["id", 1, None, None, None, None, [], [routed], None, None]
     message = {"type": "step", "replica": 0, "events": [event], "stats": {}}
-    with pytest.raises(wire.WireError, match="routed"):
-        wire.parse_step(msgpack.packb(message))
+    (parsed,) = wire.parse_step(msgpack.packb(message)).events
+    assert "routed" in parsed.error
+
+
+def test_a_malformed_event_costs_its_own_request_only():
+    good = ["good", 1, None, None, None]
+    bad = ["bad", 2, None, None, None, [3, float("nan"), 1, [], []], [], [], None, None]
+    message = {"type": "step", "replica": 0, "events": [good, bad, good], "stats": {}}
+    first, failed, last = wire.parse_step(msgpack.packb(message)).events
+    assert first == last == TokenEvent(*good)
+    assert (failed.request_id, failed.token_id, failed.finish_reason) == ("bad", None, None)
+    assert "logprob is not a number" in failed.error
+    for nobodys in ([], [3], {}, None):
+        with pytest.raises(wire.WireError):
+            wire.parse_step(msgpack.packb(message | {"events": [good, nobodys]}))
 
 
 def test_deep_nesting_is_refused():
