@@ -258,7 +258,7 @@ class ChatConfig(Section):
     """How messages of a chat become a prompt."""
 
     template: str | None = None
-    """File with a jinja2 template. None: the one in the checkpoint."""
+    """File with a jinja2 template, or `plain` for a base model. None: the one in the checkpoint."""
     presets: dict[str, PresetConfig] = {}
     """Tasks by name (see below), besides the built-in ones; a name of those takes its place."""
 

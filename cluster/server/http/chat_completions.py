@@ -93,7 +93,8 @@ class _ChatCompletion:
         async with aclosing(answer.chunks()) as chunks:
             async for _, chunk in chunks:
                 usages.add(chunk.usage)
-                yield {**head, "choices": [self._delta(chunk)], **usage}
+                if chunk.text or chunk.finish or chunk.logprobs or self._body.return_token_ids:
+                    yield {**head, "choices": [self._delta(chunk)], **usage}
         if usage:
             yield {**head, "choices": [], "usage": usages.body()}
 

@@ -92,6 +92,8 @@ class _Completion:
                     shown[index] = CompletionLogprobs(self._texts)
                     text = (await self._echo(self._prompts[prompt_idx])).text + text
                 choice = self._choice(index, text, chunk.token_ids, chunk.finish)
+                if not (text or chunk.finish or chunk.logprobs or self._body.return_token_ids):
+                    continue  # a part of a character
                 if chunk.logprobs:
                     choice["logprobs"] = shown[index].body(chunk.token_ids, chunk.logprobs)
                 yield {**self._head, "choices": [choice], **usage}

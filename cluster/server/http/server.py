@@ -1,10 +1,8 @@
 """The HTTP server: an OpenAI-compatible API, metrics and the live page on one port."""
 
 import asyncio
-import contextlib
 import socket
 import ssl
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import ConfigError, ServeConfig
@@ -18,6 +16,9 @@ if TYPE_CHECKING:
 
 _START_TIMEOUT_S = 10.0
 _BACKLOG = 2048
+_HEADERS_TIMEOUT_S = 30.0
+_UNREAD_TIMEOUT_S = 120.0
+"""The kernel ends connections whose client takes nothing of what was sent for this long."""
 _KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that it is they who close them."""
 
@@ -47,6 +48,7 @@ class HttpServer:
             import uvicorn
 
             from cluster.server.http.app import make_app
+            from cluster.server.http.connections import QuietServer, connections_with_patience
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"server.http_port needs {error.name}: pip install 'expertmesh[http]', or set it to "
@@ -54,7 +56,8 @@ class HttpServer:
             ) from None
         app = make_app(self._gateway, self._credentials, self._metrics, self._live)
         listener = self._listen()
-        self._server = _quiet(uvicorn)(uvicorn.Config(app, **self._options()))
+        connections = connections_with_patience(_HEADERS_TIMEOUT_S)
+        self._server = QuietServer(uvicorn.Config(app, http=connections, **self._options()))
         self._serving = asyncio.create_task(
             self._server.serve(sockets=[listener]), name="http-server"
         )
@@ -65,6 +68,10 @@ class HttpServer:
             await self._serving
         port: int = listener.getsockname()[1]
         return port
+
+    @property
+    def num_connections(self) -> int:
+        return len(self._server.server_state.connections) if self._server else 0
 
     async def stop(self, grace_s: float = 1.0) -> None:
         """Take no more connections, give running requests `grace_s` seconds, then cancel them."""
@@ -83,6 +90,9 @@ class HttpServer:
             listener = socket.socket(family, kind)
             try:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it
+                    unread_ms = round(1e3 * _UNREAD_TIMEOUT_S)
+                    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread_ms)
                 listener.bind(address)
             except OSError:
                 listener.close()
@@ -105,7 +115,6 @@ class HttpServer:
             "backlog": _BACKLOG,
             "timeout_keep_alive": _KEEP_ALIVE_S,
             "limit_concurrency": self._config.max_concurrent_rpcs,
-            "http": "h11",
             "h11_max_incomplete_event_size": self._config.max_metadata_kib << 10,
         }
         tls = self._credentials.tls_files
@@ -115,14 +124,3 @@ class HttpServer:
                 required = ssl.CERT_REQUIRED
                 options |= {"ssl_ca_certs": tls.client_ca, "ssl_cert_reqs": required}
         return options
-
-
-def _quiet(uvicorn: Any) -> Any:
-    """uvicorn's server without its signal handlers: signals belong to whoever runs the event loop."""
-
-    class Server(uvicorn.Server):  # type: ignore[misc]
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
-
-    return Server

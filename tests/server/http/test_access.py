@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import socket
 import ssl
 import sys
+import time
 
 import openai
 import pytest
 
 from cluster.config import ConfigError
+from cluster.server.http import server
 from cluster.server.http.server import HttpServer
 from cluster.server.security import EVERYBODY
 from tests.server.http.conftest import OVERRIDES, official_client
@@ -108,6 +111,44 @@ class TestStarting:
         monkeypatch.setitem(sys.modules, "uvicorn", None)
         with pytest.raises(ConfigError, match=r"needs uvicorn: pip install 'expertmesh\[http\]'"):
             serving.call(HttpServer(serving.gateway, serving.config, EVERYBODY).start())
+
+    def test_who_begins_no_request_is_not_waited_for(self, serving, monkeypatch):
+        monkeypatch.setattr(server, "_HEADERS_TIMEOUT_S", 0.3)
+        hasty = HttpServer(serving.gateway, serving.config, EVERYBODY)
+        port = serving.call(hasty.start())
+        with contextlib.ExitStack() as stack:
+            idle, slow = (
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+                for _ in range(2)
+            )
+            slow.sendall(b"GET /health HTTP/1.1\r\nx-slow: ")
+            with contextlib.suppress(ConnectionError):
+                for _ in range(400):
+                    slow.sendall(b"x")
+                    time.sleep(0.05)
+                pytest.fail("a header may take 20 s")
+            assert idle.recv(1) == b""
+        for _ in range(2):  # neither the request nor the pause between two takes part in it
+            assert ask(f"http://127.0.0.1:{port}", "/health", None, {}, "GET")[0] == 200
+        serving.call(hasty.stop())
+
+    def test_who_takes_nothing_is_not_waited_for(self, serving, monkeypatch):
+        monkeypatch.setattr(server, "_UNREAD_TIMEOUT_S", 0.5)
+        hasty = HttpServer(serving.gateway, serving.config, EVERYBODY)
+        port = serving.call(hasty.start())
+        body = json.dumps({"prompt": "x" * 100, "echo": True, "n": 16, "logprobs": 20}).encode()
+        with socket.socket() as link:
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            link.settimeout(20)
+            link.connect(("127.0.0.1", port))
+            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            for _ in range(16):  # pipelined: more than all buffers hold
+                link.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: x\r\n{head}".encode() + body)
+            deadline = time.monotonic() + 20
+            while hasty.num_connections:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        serving.call(hasty.stop())
 
     def test_stopping_what_never_started(self, serving):
         serving.call(HttpServer(serving.gateway, serving.config, EVERYBODY).stop())
