@@ -13,6 +13,7 @@ OPTIONS = (
     "experts.num_redundant_experts=8",
     "eplb_config.interval_s=0.25",
     "eplb_config.min_tokens=16",
+    "server.http_port=0",
 )
 
 
