@@ -9,6 +9,7 @@ V vocabulary.
 
 import json
 from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from time import thread_time
 from typing import Any, Final
@@ -22,20 +23,20 @@ from cluster.engine.json_schema import enforceable
 
 MAX_TOKEN_S: Final = 0.1
 """Processor time for one token; a constraint that takes longer holds up everybody."""
+_TOKENIZER: Final = "tokenizer.json"
 _CACHE_BYTES: Final = 64 << 20
 _MAX_WHITESPACE: Final = 16
 """Between the parts of JSON; models have been seen to write it for ever."""
 
 
-def require_xgrammar() -> Any:
-    """The module; ValueError, as what it is needed for is refused, when it is not installed."""
-    try:
-        import xgrammar
-    except ImportError as error:
-        raise ValueError(
-            f"a constraint needs the extra guided (pip install 'expertmesh[guided]'): {error}"
-        ) from None
-    return xgrammar
+def check_support(tokenizer_dir: Path | None, eos_token_ids: Collection[int]) -> None:
+    """Raise ValueError when there can be no constraints, for this model or without the extra."""
+    if find_spec("xgrammar") is None:
+        raise ValueError("a constraint needs the extra guided: pip install 'expertmesh[guided]'")
+    if tokenizer_dir is None or not (tokenizer_dir / _TOKENIZER).is_file():
+        raise ValueError(f"a constraint needs the model's {_TOKENIZER}: {tokenizer_dir} has none")
+    if not eos_token_ids:
+        raise ValueError("a constraint needs a model with an end-of-sequence token: it has none")
 
 
 class GuideCompiler:
@@ -44,17 +45,13 @@ class GuideCompiler:
     def __init__(
         self, tokenizer_dir: Path | None, vocab_size: int, eos_token_ids: Collection[int]
     ) -> None:
-        self._xgrammar = require_xgrammar()
-        path = tokenizer_dir / "tokenizer.json" if tokenizer_dir else None
-        if path is None or not path.is_file():
-            raise ValueError(f"a constraint needs the model's tokenizer.json: {path} is not there")
-        if not eos_token_ids:
-            raise ValueError(
-                "a constraint needs a model with an end-of-sequence token: it has none"
-            )
-        info = self._xgrammar.TokenizerInfo(
-            **_vocabulary(self._xgrammar, path, vocab_size), stop_token_ids=sorted(eos_token_ids)
-        )
+        check_support(tokenizer_dir, eos_token_ids)
+        import xgrammar
+
+        assert tokenizer_dir is not None, "refused by check_support"
+        self._xgrammar: Any = xgrammar
+        vocabulary = _vocabulary(xgrammar, tokenizer_dir / _TOKENIZER, vocab_size)
+        info = self._xgrammar.TokenizerInfo(**vocabulary, stop_token_ids=sorted(eos_token_ids))
         self._compiler = self._xgrammar.GrammarCompiler(
             info, max_threads=1, cache_limit_bytes=_CACHE_BYTES
         )

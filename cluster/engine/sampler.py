@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluster.engine.constraint import Constraint
 from cluster.engine.draw import EXCLUDED, FAILED, Rule, Weights, draw
-from cluster.engine.guided import Guide, GuideCompiler, require_xgrammar
+from cluster.engine.guided import Guide, GuideCompiler, check_support
 from cluster.engine.logit_rules import LogitRules, has_rules
 from cluster.engine.logprobs import prompt_logprobs, token_logprobs
 from cluster.engine.sequence import Sequence as EngineSequence
@@ -54,7 +54,7 @@ class Sampler:
         """Begin what the sequence needs before its first token; ValueError refuses it alone."""
         constraint = sequence.params.constraint
         if constraint is not None:
-            require_xgrammar()
+            check_support(self._tokenizer_dir, self._eos_token_ids)
             sequence.sampler_state = _Pending(
                 self._thread.submit(self._compile, constraint), monotonic() + COMPILE_TIMEOUT_S
             )
