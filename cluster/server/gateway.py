@@ -12,14 +12,14 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 
 from tokenizers import Tokenizer
 
 from cluster.config import ServeConfig
 from cluster.engine.link_keys import LinkKeys
-from cluster.engine.sampling_params import SamplingParams
+from cluster.engine.sampling_params import Constraint, SamplingParams
 from cluster.engine.sequence import TokenEvent
 from cluster.server import wire
 from cluster.server.admission import Admission
@@ -50,6 +50,9 @@ from cluster.server.validation import (
     read_sampling,
 )
 
+CheckConstraint = Callable[[Constraint], Awaitable[None]]
+"""Raises RequestError for a constraint that no engine can keep."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,8 +61,8 @@ class Gateway:
 
     `tokenizer` None: only token ids go in and out. `bind_host` is the one address of this host
     that leaders can reach; `start` returns the address that they connect to. `observer` is told of
-    requests and frames, `chat` makes prompts of messages, and `keys` keep strangers from posing as
-    leaders.
+    requests and frames, `chat` makes prompts of messages, `check_constraint` tries what completions
+    are to look like, and `keys` keep strangers from posing as leaders.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Gateway:
         bind_host: str = "127.0.0.1",
         observer: Observer = NO_OBSERVER,
         chat: ChatTemplate | None = None,
+        check_constraint: CheckConstraint | None = None,
         keys: LinkKeys | None = None,
     ) -> None:
         self.config = config
@@ -81,6 +85,7 @@ class Gateway:
         self._keys = keys
         self._observer = observer
         self._prompts = PromptReader(model_info, tokenizer, chat)
+        self._check_constraint = check_constraint
         self._admission = Admission(
             config.cache.block_size if config.cache.enable_prefix_caching else None
         )
@@ -244,6 +249,8 @@ class Gateway:
                 max_tokens=min(max_tokens, self.model.max_model_len - len(prompt.token_ids)),
                 bad_words=self._prompts.bad_words(bad_words),
             )
+            if params.constraint is not None and self._check_constraint is not None:
+                await self._check_constraint(params.constraint)
             self._check_open()  # the world may have ended while the prompt was tokenized
             return self._send(request, request_id, prompt, params, arrived)
         finally:
@@ -400,7 +407,9 @@ class Gateway:
         try:
             finish = request.accept(choice, event)
         except Exception as error:
-            logger.exception("request %s: cannot take in %s", event.request_id, event)
+            logger.exception(
+                "cannot take in an event of its engine", extra={"request_id": event.request_id}
+            )
             self._end(request, error=RequestError(Code.INTERNAL, f"bad engine output: {error}"))
             return
         request.last_heard = now

@@ -41,7 +41,14 @@ class Serving:
     """What a test sees: `client`, `leaders`, `gateway`, `metrics`, and `call` to run in its event loop."""
 
     def __init__(
-        self, overrides, num_replicas, step_s, eos_token_ids, tokenizer, make_rebalancer=None
+        self,
+        overrides,
+        num_replicas,
+        step_s,
+        eos_token_ids,
+        tokenizer,
+        make_rebalancer=None,
+        check_constraint=None,
     ):
         self.config = ServeConfig.from_dict(
             {
@@ -54,6 +61,7 @@ class Serving:
         self.tokenizer = tokenizer
         self.rebalancer = None
         self._make_rebalancer = make_rebalancer
+        self._check_constraint = check_constraint
         self._credentials = Credentials.load(self.config.server)
         self._template = ChatTemplate.load(self.config.model, self.config.chat)
         self.leaders = [
@@ -80,6 +88,7 @@ class Serving:
             model,
             observer=self.observability.observer,
             chat=self._template,
+            check_constraint=self._check_constraint,
         )
         address = await self.gateway.start()
         for idx, leader in enumerate(self.leaders):
@@ -146,6 +155,7 @@ def serve(
     ready=True,
     with_tokenizer=True,
     make_rebalancer=None,
+    check_constraint=None,
 ):
     """`make_rebalancer(eplb_config, gateway)`, where given, answers for the experts.
 
@@ -153,7 +163,9 @@ def serve(
     this asks for tokens.
     """
     tokenizer = byte_level_tokenizer() if with_tokenizer else None
-    serving = Serving(overrides, num_replicas, step_s, eos, tokenizer, make_rebalancer)
+    serving = Serving(
+        overrides, num_replicas, step_s, eos, tokenizer, make_rebalancer, check_constraint
+    )
     serving.start(ready)
     try:
         yield serving

@@ -5,7 +5,7 @@ import struct
 import msgpack
 import pytest
 
-from cluster.server.errors import RequestError
+from cluster.server.errors import Code, RequestError
 from cluster.server.request import GenerationRequest
 from tests.server.serving import VOCAB_SIZE, serve
 from tests.server.stub_leader import (
@@ -138,6 +138,18 @@ def test_bad_words_need_a_tokenizer_and_some_letters(serving):
     with serve("server.max_bad_words=1", with_tokenizer=False) as other:
         fails("FAILED_PRECONDITION", "no tokenizer", other.client.generate, PROMPT, bad_words=["a"])
         fails("INVALID_ARGUMENT", "at most 1", other.client.generate, PROMPT, bad_words=["a", "b"])
+
+
+def test_a_constraint_is_tried_before_the_engine_sees_it():
+    async def check(constraint):
+        if constraint.text == "(":
+            raise RequestError(Code.INVALID_ARGUMENT, f"{constraint.kind}: unclosed")
+
+    with serve(check_constraint=check) as serving:
+        fails("INVALID_ARGUMENT", "regex: unclosed", serving.client.generate, PROMPT, regex="(")
+        assert not serving.leaders[0].of_type("add")
+        assert serving.num_in_flight() == 0
+        assert serving.client.generate(PROMPT, regex="a", max_tokens=1).token_ids
 
 
 def test_chats_need_a_template(serving):
