@@ -40,6 +40,9 @@ class Reduction(Protocol):
     ) -> Tensor:
         """out_TH in the model's dtype: decoded node sums, added in node order."""
 
+    def total_of_one(self, sum_TH: Tensor, range_T: Tensor | None) -> Tensor:
+        """What `total` makes of the one sum of a single node, encoded and decoded."""
+
 
 class NodeReduction:
     """fp32 sums in fixed order; each node's sum is rounded once, by the codec that carries it.
@@ -74,6 +77,9 @@ class NodeReduction:
     ) -> Tensor:
         return sum_parts(sums, rows, num_rows, self._hidden).to(self._dtype)
 
+    def total_of_one(self, sum_TH: Tensor, range_T: Tensor | None) -> Tensor:
+        return self.decode(self.encode(sum_TH), len(sum_TH)).to(self._dtype)
+
 
 class FixedReduction:
     """Integers on each token's grid: the same bits wherever the experts are. See `fixed.py`."""
@@ -107,3 +113,7 @@ class FixedReduction:
     ) -> Tensor:
         assert range_T is not None, "checked when the tokens were dispatched"
         return to_floats(self.node_sum(sums, rows, num_rows), range_T, self._dtype)
+
+    def total_of_one(self, sum_TH: Tensor, range_T: Tensor | None) -> Tensor:
+        assert range_T is not None, "checked when the tokens were dispatched"
+        return to_floats(sum_TH, range_T, self._dtype)

@@ -108,3 +108,37 @@ def bmm_is_stable(
         )
         for n in (1, 2, 3, 5)
     )
+
+
+@cache
+def product_tiles(
+    dtype: torch.dtype,
+    device: torch.device,
+    in_features: int,
+    out_features: int,
+    num_threads: int,
+) -> tuple[int, ...]:
+    """Row counts, ascending, at which each entry of `torch.bmm(x, w.mT)` has the bits of `F.linear`
+    in tiles of 8 rows, however many entries there are. None: `bmm` cannot stand in for it."""
+    base = CANDIDATE_TILES[0]
+    if base not in stable_tiles(dtype, device, in_features, out_features, False, num_threads):
+        return ()
+    num_rows = max(CANDIDATE_TILES)
+    operands = cancelling_operands(num_rows, out_features, in_features, dtype)
+    x_TI, w_OI = (t.to(device) for t in operands)
+    expected_TO = torch.cat([F.linear(part, w_OI) for part in torch.split(x_TI, base)])
+
+    def by_entries(tile: int, num_entries: int) -> Tensor:
+        x_BMI = x_TI[: num_rows // tile * tile].view(-1, tile, in_features)
+        parts = torch.split(x_BMI, num_entries)
+        w_BOI = w_OI.expand(num_entries, -1, -1).contiguous()
+        return torch.cat([torch.bmm(part, w_BOI[: len(part)].mT) for part in parts]).flatten(0, 1)
+
+    return tuple(
+        tile
+        for tile in CANDIDATE_TILES
+        if all(
+            torch.equal(rows_TO, expected_TO[: len(rows_TO)])
+            for rows_TO in (by_entries(tile, n) for n in (1, 2, 3, 5, 32))
+        )
+    )

@@ -23,7 +23,7 @@ from cluster.model.kv_cache import LayerCache
 from cluster.model.norm import RmsNorm
 from cluster.model.paged import AttentionPlan, paged_attention
 from cluster.model.rope import Rotation
-from experts.linear import stable_linear
+from experts.linear import stable_linear, stable_linears
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,5 +71,5 @@ class MlaAttention:
 
 
 def _per_head(x_TNI: Tensor, w_NOI: Tensor) -> Tensor:
-    """Each head's own linear map: [T, N, O]. One call a head keeps rows independent of T."""
-    return torch.stack([stable_linear(x_TNI[:, n], w_NOI[n]) for n in range(len(w_NOI))], dim=1)
+    """Each head's own linear map: [T, N, O]."""
+    return stable_linears(x_TNI.transpose(0, 1), w_NOI).transpose(0, 1)

@@ -32,7 +32,7 @@ from cluster.model.shards import TokenRows, shard, shard_sizes
 from comms.dispatcher import CombineMode, TokenDispatcher, WireDtype
 from comms.group import Group
 from comms.groups import ParallelGroups
-from comms.make import make_dispatcher
+from comms.make import dispatcher_for
 from comms.where import Where
 from experts.balance import Balance, SplitMode, make_balance
 from experts.linear import stable_linear
@@ -94,7 +94,7 @@ class Transformer:
             rank=groups.rank,
             dtype=dtype,
         )
-        dispatcher = make_dispatcher(
+        dispatcher = dispatcher_for(
             comms.all2all_backend,
             groups,
             slots_per_rank=placement.slots_per_rank,
