@@ -55,7 +55,10 @@ def step_command(
     for phase, row in report["results"].items():
         table.add_row(phase, f"{row['ms']:.2f}", f"{row['share']:.0%}")
     Console().print(table)
-    print(f"{report['step_ms']:.1f} ms a step, {report['tokens_per_s']:.0f} tokens/s")
+    print(
+        f"{report['step_ms']:.1f} ms a step, {report['tokens_per_s']:.0f} tokens/s; "
+        f"{report['overhead_share']:.1%} of it outside the model"
+    )
     if trace_file is not None:
         print(f"wrote {trace_file}: open it in https://ui.perfetto.dev or chrome://tracing")
     write_json(json_file, report)

@@ -20,9 +20,10 @@ from comms.ledger import TrafficLedger
 from comms.trace import NO_TRACE, Trace, overlap
 from comms.trace_file import write_trace
 
-PHASES = (
-    "schedule", "broadcast", "attention", "gate", "dispatch", "experts", "combine", "sample",
-)  # fmt: skip
+MODEL = ("attention", "dense", "gate", "dispatch", "experts", "combine", "logits")
+OVERHEAD = ("mail", "schedule", "broadcast", "batch", "sample")
+"""What a step takes besides its model: `broadcast` is agreeing with other leaders too, and waiting."""
+PHASES = (*OVERHEAD[:-1], *MODEL, *OVERHEAD[-1:])
 PROMPT_TOKENS = 32
 WARM_UP_STEPS = 5
 TIMEOUT_S = 600.0
@@ -34,8 +35,9 @@ def run(
     """Decode `sequences` sequences on every DP replica for `steps` steps.
 
     Returns {"step_ms", "tokens_per_s" of all replicas, "results": {phase: {"ms", "share"}}, ...};
-    the phase "other" is what no other covers (norms, embedding, logits, bookkeeping). "traffic": the
-    ledger of all ranks, by stage, by layer, and by step for the last few. With a
+    the phase "other" is what no other covers (norms, embedding, bookkeeping). "overhead_share": of the
+    phases in OVERHEAD, in a step. "traffic": the ledger of all ranks, by stage, by layer, and by step
+    for the last few. With a
     `trace_file` every rank's spans of these steps go there, and "overlap" says by rank how long the
     network was busy and how much of that was hidden. Raises TraceError if it cannot be written.
     """
@@ -115,6 +117,7 @@ def _decode(
     seconds["other"] = step_s - sum(seconds.values())
     report = {
         "step_ms": 1000 * step_s,
+        "overhead_share": sum(seconds[phase] for phase in OVERHEAD) / step_s,
         "results": {
             phase: {"ms": 1000 * value, "share": value / step_s} for phase, value in seconds.items()
         },
