@@ -554,6 +554,7 @@ def bench_storm(
     requests: Annotated[int, typer.Option(min=1, help="Requests, of all kinds.")] = 2000,
     concurrency: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 32,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="No request begins later.")] = 24 * 60,
     json_file: JsonFile = None,
 ) -> None:
     """Random cancellations, disconnects and malformed requests against a real cluster here.
@@ -562,25 +563,9 @@ def bench_storm(
     """
     from deploy.storm.command import storm_command
 
-    raise typer.Exit(storm_command(config, overrides or [], requests, concurrency, seed, json_file))
-
-
-@bench.command("storm")
-def bench_storm(
-    overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE")] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Requests, of all kinds.")] = 2000,
-    concurrency: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
-    json_file: JsonFile = None,
-) -> None:
-    """Random cancellations, disconnects and malformed requests against a real cluster here.
-
-    Exits 1 when it fails one for reasons of its own, keeps memory, or changes others' tokens.
-    """
-    from deploy.storm.command import storm_command
-
-    raise typer.Exit(storm_command(config, overrides or [], requests, concurrency, seed, json_file))
+    raise typer.Exit(
+        storm_command(config, overrides or [], requests, concurrency, seed, 60 * minutes, json_file)
+    )
 
 
 @bench.command("simulator")

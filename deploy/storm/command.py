@@ -43,13 +43,14 @@ def storm_command(
     num_requests: int,
     concurrency: int,
     seed: int,
+    limit_s: float,
     json_file: Path | None,
 ) -> int:
     complaints: dict[str, int] = {}
 
     def run() -> None:
         config = load_config(path, [*_OPTIONS, *overrides])
-        report = _run(Console(), config, num_requests, concurrency, seed)
+        report = _run(Console(), config, num_requests, concurrency, seed, limit_s)
         write_json(json_file, report)
         complaints.update(report["complaints"])
 
@@ -58,7 +59,12 @@ def storm_command(
 
 
 def _run(
-    console: Console, config: ServeConfig, num_requests: int, concurrency: int, seed: int
+    console: Console,
+    config: ServeConfig,
+    num_requests: int,
+    concurrency: int,
+    seed: int,
+    limit_s: float,
 ) -> dict[str, Any]:
     parallel = config.parallel
     layout = f"{parallel.num_nodes}x{parallel.ranks_per_node}"
@@ -74,7 +80,9 @@ def _run(
                 )
 
             target = _target(cluster)
-            outcome = asyncio.run(storm(target, num_requests, concurrency, seed, on_progress))
+            outcome = asyncio.run(
+                storm(target, num_requests, concurrency, seed, on_progress, limit_s)
+            )
             memory.sample(now=True)
         errors = _logged_errors(ray_dir)
     outcome.complaints.update(memory.complaints())

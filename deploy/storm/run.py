@@ -1,10 +1,11 @@
 """A whole storm: many clients at once, among them requests that nobody disturbs, and the calm after it."""
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,14 +52,18 @@ async def storm(
     concurrency: int,
     seed: int,
     on_progress: Callable[[Outcome], None] = lambda outcome: None,
+    limit_s: float = math.inf,
 ) -> Outcome:
-    """Returns when all requests have ended and the server is idle again, or has had time enough."""
+    """Returns when all requests have ended and the server is idle again, or has had time enough.
+
+    limit_s: no request begins later.
+    """
     outcome = Outcome()
     async with AsyncClient(target.endpoint, 120.0) as client:
         expected = [await _answer(client, *sentinel) for sentinel in _SENTINELS]
         begun = time.monotonic()
         watching = asyncio.create_task(_watch(client, expected, outcome, on_progress))
-        left = iter(range(num_requests))
+        left = _until(begun + limit_s, num_requests)
         async with asyncio.TaskGroup() as clients:
             for number in range(concurrency):
                 clients.create_task(
@@ -71,6 +76,13 @@ async def storm(
         for sentinel, tokens in zip(_SENTINELS, expected, strict=True):
             await _check(client, sentinel, tokens, outcome)
     return outcome
+
+
+def _until(deadline: float, count: int) -> Iterator[int]:
+    for number in range(count):
+        if time.monotonic() > deadline:
+            return
+        yield number
 
 
 async def _trouble(target: Target, left: Any, chance: random.Random, outcome: Outcome) -> None:
