@@ -6,6 +6,7 @@ from cluster.config import ServeConfig
 from cluster.engine.link_keys import LinkKeys
 from cluster.rebalancer import Rebalancer
 from cluster.server.chat import ChatTemplate
+from cluster.server.constraint_check import ConstraintCheck
 from cluster.server.control import TraceSteps
 from cluster.server.gateway import Gateway
 from cluster.server.observability import Observability
@@ -43,6 +44,9 @@ class FrontEnd:
     ) -> None:
         self._observability = Observability(config, model_info)
         self._template = ChatTemplate.load(config.model, config.chat)
+        self._constraints = ConstraintCheck(
+            config.model, model_info.vocab_size, model_info.eos_token_ids
+        )
         self.gateway = Gateway(
             config,
             load_tokenizer(config.model),
@@ -50,6 +54,7 @@ class FrontEnd:
             bind_host=gateway_host,
             observer=self._observability.observer,
             chat=self._template,
+            check_constraint=self._constraints.check,
             keys=keys,
         )
         self._config = config
@@ -79,6 +84,7 @@ class FrontEnd:
         while self._servers:
             await self._servers.pop().stop(1.0)
         await self._observability.close()
+        self._constraints.close()
         if self._template:
             self._template.close()
 
