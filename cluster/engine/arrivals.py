@@ -65,7 +65,7 @@ class Arrivals:
         now = monotonic()
         for _ in range(len(self._not_started)):
             sequence, arrived = self._not_started.popleft()
-            if sequence.latest_plan:
+            if sequence.num_cached_tokens is not None:
                 sequence.queue_ms = 1000 * (now - arrived)
             elif sequence.finish_reason is None:
                 self._not_started.append((sequence, arrived))

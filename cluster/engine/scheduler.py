@@ -33,7 +33,7 @@ from cluster.engine.block_manager import BlockManager
 from cluster.engine.plan import StepPlan, block_table
 from cluster.engine.plan_draft import PlanDraft, Planned
 from cluster.engine.sequence import FinishReason, Sequence, TokenEvent
-from cluster.engine.waiting import WaitingQueue
+from cluster.engine.sequence_queue import SequenceQueue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,8 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.blocks = BlockManager(config.num_blocks, config.block_size)
-        self.running: dict[int, Sequence] = {}
-        self.waiting = WaitingQueue()
+        self.running = SequenceQueue()
+        self.waiting = SequenceQueue()
         self.num_preemptions = 0
         self.num_prefix_queries = 0
         """Prompt tokens of requests that were looked up in the cache."""
@@ -81,7 +81,6 @@ class Scheduler:
         """How many of them were found."""
         self._by_request: dict[str, Sequence] = {}
         self._num_added = 0
-        self._num_plans = 0
         self._in_flight: deque[Planned] = deque()
 
     @property
@@ -149,16 +148,18 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan one step: all decoding sequences, then chunks of prompts by urgency."""
         draft = PlanDraft(self.config)
-        prompts, was_short = self._plan_decodes(draft)
-        for sequence in sorted(prompts, key=lambda s: s.urgency):
+        preempted_before = self.num_preemptions
+        decodes, prompts = self._pick_running()
+        was_short = self.num_preemptions > preempted_before
+        draft.add_decodes(decodes)
+        for sequence in prompts:
             self._admit(draft, before=sequence)
-            if sequence.seq_id in self.running:
+            if sequence in self.running:
                 draft.add_chunk(sequence)
         # Blocks freed for a decoding sequence are not given to the next that waits, unless it may
         # preempt anyway.
-        self._admit(draft, before=self._least_urgent() if was_short else None)
-        self._num_plans += 1
-        planned = draft.finish(self._num_plans)
+        self._admit(draft, before=self.running.last if was_short else None)
+        planned = draft.finish()
         if planned.sequences:
             self._in_flight.append(planned)
         return planned.plan
@@ -178,7 +179,7 @@ class Scheduler:
         if len(plan):
             planned = self._in_flight.pop()
             for sequence, count in zip(planned.sequences, planned.plan.counts, strict=True):
-                if sequence.seq_id in self.running:
+                if sequence in self.running:
                     sequence.num_computed -= count
 
     def planned(self, plan: StepPlan) -> Planned:
@@ -200,10 +201,11 @@ class Scheduler:
         planned = self.planned(plan)
         self._in_flight.popleft()
         events = []
+        caches = self.config.enable_prefix_caching
         for sequence, end in zip(planned.sequences, planned.ends, strict=True):
             if sequence.finish_reason is not None:
                 continue
-            if self.config.enable_prefix_caching and sequence.block_table:
+            if caches and end >= sequence.next_full:
                 self._name_blocks(sequence, end // self.config.block_size)
             if end == len(sequence.token_ids):
                 event = self._take_token(sequence, tokens[sequence.seq_id])
@@ -238,25 +240,23 @@ class Scheduler:
                     f"prompt token ids must be from 0 to {config.vocab_size - 1}, got {highest}"
                 )
 
-    def _plan_decodes(self, draft: PlanDraft) -> tuple[list[Sequence], bool]:
-        """The next token of each sequence that has just one to compute.
-
-        Returns those that have more, and whether any sequence was preempted for want of blocks.
-        """
-        prompts = []
+    def _pick_running(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Running sequences with one token to compute, for which there is room, and those with more."""
+        decodes, prompts = [], []
         preempted_before = self.num_preemptions
-        for sequence in list(self.running.values()):
-            missing = len(sequence.token_ids) - sequence.num_computed
-            if self.num_preemptions > preempted_before and sequence.seq_id not in self.running:
-                continue
+        for sequence in self.running:
+            start = sequence.num_computed
+            missing = len(sequence.token_ids) - start
             if missing > 1:
                 prompts.append(sequence)
-            elif (
-                missing or len(sequence.token_ids) + 1 < sequence.max_num_tokens  # else it ends
-            ) and self._grow(sequence, draft):
-                draft.add_decode(sequence)
-        was_short = self.num_preemptions > preempted_before
-        return [s for s in prompts if not was_short or s.seq_id in self.running], was_short
+            elif not missing and start + 1 >= sequence.max_num_tokens:
+                pass  # it ends with the token that is coming
+            elif start < sequence.num_slots or self._grow(sequence):
+                decodes.append(sequence)
+        if self.num_preemptions > preempted_before:
+            decodes = [s for s in decodes if s in self.running]
+            prompts = [s for s in prompts if s in self.running]
+        return decodes, prompts
 
     def _admit(self, draft: PlanDraft, before: Sequence | None) -> None:
         """Admit from the head of the queue those more urgent than `before`; nobody passes a head that
@@ -265,16 +265,16 @@ class Scheduler:
             head = self.waiting.first
             if before is not None and head.urgency > before.urgency:
                 return
-            if any(head.latest_plan == planned.number for planned in self._in_flight):
+            if head.num_cached_tokens is not None and any(
+                head in planned.sequences for planned in self._in_flight
+            ):
                 return  # preempted while its latest tokens are being computed
             if draft.chunks and not draft.budget:
                 return
             while not self._start(head):
-                victim = self._least_urgent()
-                if victim is None or victim.priority <= head.priority:
+                if not self.running or self.running.last.priority <= head.priority:
                     return
-                self._preempt(victim)
-                draft.drop(victim)
+                draft.drop(self._preempt_last())
             draft.add_chunk(head)
 
     def _start(self, sequence: Sequence) -> bool:
@@ -290,10 +290,11 @@ class Scheduler:
         blocks.hold(found)
         new = blocks.allocate(blocks.blocks_for(sequence.num_tokens) - len(found))
         self.waiting.remove(sequence)
-        self.running[sequence.seq_id] = sequence
+        self.running.push(sequence)
         sequence.block_table = found + new
-        sequence.num_named = len(found)
+        sequence.num_slots = len(sequence.block_table) * self.config.block_size
         sequence.num_computed = len(found) * self.config.block_size
+        sequence.next_full = sequence.num_computed + self.config.block_size
         sequence.cache_generation = blocks.generation
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = sequence.num_computed
@@ -316,51 +317,49 @@ class Scheduler:
 
     def _name_blocks(self, sequence: Sequence, num_full: int) -> None:
         """The first `num_full` blocks of its table are computed: others may find them."""
-        if num_full <= sequence.num_named or sequence.cache_generation != self.blocks.generation:
-            return
+        size = self.config.block_size
+        first, sequence.next_full = sequence.next_full // size - 1, (num_full + 1) * size
+        if not sequence.block_table or sequence.cache_generation != self.blocks.generation:
+            return  # preempted meanwhile, or begun before all was forgotten
         names = self._names(sequence, num_full)
         table = sequence.block_table[:]
-        for idx in range(sequence.num_named, num_full):
+        for idx in range(first, num_full):
             table[idx] = self.blocks.name(table[idx], names[idx])
         sequence.block_table = table
-        sequence.num_named = num_full
 
-    def _grow(self, sequence: Sequence, draft: PlanDraft) -> bool:
-        """Make room for one more token's keys and values; False if that preempts the sequence."""
-        if len(sequence.block_table) * self.config.block_size > sequence.num_computed:
-            return True
+    def _grow(self, sequence: Sequence) -> bool:
+        """One more block; False if for want of blocks the sequence itself was or is preempted."""
+        if sequence not in self.running:
+            return False
         while not self.blocks.num_available:
-            victim = self._least_urgent()
-            assert victim is not None, "somebody holds the blocks"
-            self._preempt(victim)
-            draft.drop(victim)
-            if victim is sequence:
+            if self._preempt_last() is sequence:
                 return False
         sequence.block_table = sequence.block_table + self.blocks.allocate(1)
+        sequence.num_slots += self.config.block_size
         return True
 
-    def _least_urgent(self) -> Sequence | None:
-        return max(self.running.values(), key=lambda s: s.urgency, default=None)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue, where only more urgent ones can be before it."""
-        del self.running[sequence.seq_id]
+    def _preempt_last(self) -> Sequence:
+        """The least urgent goes back to the queue, where only more urgent ones can be before it."""
+        sequence = self.running.last
+        self.running.remove(sequence)
         self._release(sequence)
         self.waiting.push(sequence)
         self.num_preemptions += 1
+        return sequence
 
     def _take_token(self, sequence: Sequence, token_id: int) -> TokenEvent:
         if token_id < 0:
             self._finish(sequence, "error")
             error = "the model gave no finite logits for this request: its next token is undefined"
             return TokenEvent(sequence.request_id, finish_reason="error", error=error)
-        sequence.token_ids.append(token_id)
+        token_ids = sequence.token_ids
+        token_ids.append(token_id)
         if token_id in sequence.stop_token_ids:
             self._finish(sequence, "stop")
             return TokenEvent(sequence.request_id, token_id, "stop", stop_token_id=token_id)
-        if sequence.num_tokens < sequence.max_num_tokens:
+        if len(token_ids) < sequence.max_num_tokens:
             return TokenEvent(sequence.request_id, token_id)
-        if sequence.num_tokens <= self.blocks.capacity or self._is_at_its_length(sequence):
+        if len(token_ids) <= self.blocks.capacity or self._is_at_its_length(sequence):
             self._finish(sequence, "length")
             return TokenEvent(sequence.request_id, token_id, "length")
         self._finish(sequence, "error")
@@ -380,15 +379,13 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         del self._by_request[sequence.request_id]
-        if self.running.pop(sequence.seq_id, None) is None:
-            self.waiting.remove(sequence)
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.free(sequence.block_table)
         sequence.block_table = block_table()
-        sequence.num_computed = 0
-        sequence.num_named = 0
+        sequence.num_slots = sequence.num_computed = 0
 
     def _describe_cache(self) -> str:
         return (

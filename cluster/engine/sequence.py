@@ -81,14 +81,14 @@ class Sequence:
         "cache_generation",
         "cache_salt",
         "finish_reason",
-        "latest_plan",
         "max_num_tokens",
+        "next_full",
         "num_cached_tokens",
         "num_computed",
-        "num_named",
         "num_prompt_logprobs",
         "num_prompt_tokens",
         "num_routed",
+        "num_slots",
         "params",
         "priority",
         "queue_ms",
@@ -132,14 +132,14 @@ class Sequence:
         self.block_table: array[int] = block_table()
         self.block_names: list[bytes] = []
         """Of its first full blocks; see `block_hash.py`."""
-        self.num_named = 0
-        """Leading blocks of its table that others may find."""
+        self.num_slots = 0
+        """Tokens that these blocks hold."""
+        self.next_full = 0
+        """Computed tokens at which the first block is full that has not been given its name."""
         self.cache_generation = 0
         """Of the cache's names when it began to run; with others its blocks are not named."""
-        self.latest_plan = 0
-        """Number of the latest plan that it is part of."""
         self.num_cached_tokens: int | None = None
-        """Of the prompt, found in the cache when it first ran; None before."""
+        """Of the prompt, found in the cache when it first ran; None before that."""
         self.queue_ms: float | None = None
         """From arrival until it first ran; by the engine, for the scheduler has no clock."""
         self.num_prompt_logprobs = 0

@@ -1,7 +1,8 @@
 """Same request, same tokens: `mosaic` in BF16, greedy and seeded, bit for bit.
 
 Ring 1 on every layout: alone, among 30 others with prompts cut into chunks, under a cache so small
-that sequences are preempted, in ten runs, and overlapped. Ring 2 by the default combine: across
+that sequences are preempted, with and without blocks that others computed, planned ahead or not, in ten
+runs, and overlapped. Ring 2 by the default combine: across
 EP/DP layouts, placements and dispatchers. Across TP sizes tokens are promised in fp32 only.
 """
 
@@ -93,14 +94,20 @@ def pick(tokens: dict[str, list[int]]) -> dict[str, list[int]]:
 def test_company_chunks_and_preemption_change_nothing(
     rank_pool: RankPool, nodes: int, ranks: int
 ) -> None:
-    """Alone means one sequence at a time; then all 32 at once, in chunks of at most 33 tokens,
-    with a cache that cannot hold them all."""
-    alone = config_for(nodes, ranks, scheduler={"max_num_seqs": 1})
+    """Alone means one sequence at a time, all of it computed, each step planned when the one before is
+    known; then all 32 at once, in chunks of at most 33 tokens, with a cache that cannot hold them all,
+    blocks shared, and steps planned ahead."""
+    alone = config_for(
+        nodes,
+        ranks,
+        scheduler={"max_num_seqs": 1, "async_scheduling": False},
+        cache={"enable_prefix_caching": False},
+    )
     crowded = config_for(
         nodes,
         ranks,
-        scheduler={"max_num_seqs": 32, "max_num_batched_tokens": 33},
-        cache={"block_size": 16, "num_blocks": 48},
+        scheduler={"max_num_seqs": 32, "max_num_batched_tokens": 33, "async_scheduling": True},
+        cache={"block_size": 16, "num_blocks": 48, "enable_prefix_caching": True},
     )
     by_itself = serve(rank_pool, alone, watched())
     in_company = serve(rank_pool, crowded, [*company(), *watched()])
@@ -109,16 +116,17 @@ def test_company_chunks_and_preemption_change_nothing(
     assert [len(ids) for ids in pick(by_itself).values()] == [NUM_TOKENS] * 2
 
 
-def preemptions(groups: ParallelGroups, config: ServeConfig, requests: list[Frame]) -> int:
+def events(groups: ParallelGroups, config: ServeConfig, requests: list[Frame]) -> tuple[int, int]:
+    """Preemptions, and tokens found in the cache."""
     engine = build_engine(config, groups, LocalMailbox(requests))
     assert isinstance(engine, Leader)
     while engine.step():
         pass
     engine.runner.close()
-    return engine.scheduler.num_preemptions
+    return engine.scheduler.num_preemptions, engine.scheduler.num_prefix_hits
 
 
-def test_the_crowded_cache_does_preempt(rank_pool: RankPool) -> None:
+def test_the_crowded_cache_does_preempt_and_share(rank_pool: RankPool) -> None:
     config = config_for(
         1,
         1,
@@ -127,8 +135,8 @@ def test_the_crowded_cache_does_preempt(rank_pool: RankPool) -> None:
     )
     topology = Topology(num_nodes=1, ranks_per_node=1)
     requests = [*company(), *watched()]
-    [count] = rank_pool.run(preemptions, topology, config, requests, timeout_s=TIMEOUT_S)
-    assert count > 0
+    [counts] = rank_pool.run(events, topology, config, requests, timeout_s=TIMEOUT_S)
+    assert min(counts) > 0
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 512])

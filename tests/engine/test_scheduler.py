@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from cluster.engine.block_manager import BlockManager
+from cluster.engine.plan import Logits
+from cluster.engine.plan_draft import PENDING
 from cluster.engine.scheduler import Scheduler, SchedulerConfig
 from cluster.engine.sequence import SamplingParams, Sequence, TokenEvent
 from tests.engine.fake_model import FakeModel, run_alone, step
@@ -23,8 +25,9 @@ def make(**changes) -> Scheduler:
     return Scheduler(SchedulerConfig(**values))
 
 
-def request(request_id: str, num_tokens: int, **params) -> Sequence:
-    return Sequence(request_id, list(range(num_tokens)), SamplingParams(**params))
+def request(request_id: str, num_tokens: int, priority: int = 0, **params) -> Sequence:
+    params = SamplingParams(**params)
+    return Sequence(request_id, list(range(num_tokens)), params, priority=priority)
 
 
 def run(scheduler: Scheduler) -> list[TokenEvent]:
@@ -93,6 +96,62 @@ def test_preempted_sequence_waits_at_the_front_with_its_tokens():
         "preemptions": 1,
     }
     assert expected.items() <= scheduler.stats().items()
+
+
+def test_the_urgent_are_admitted_first_and_equals_in_order_of_arrival():
+    scheduler = make(max_num_seqs=1)
+    for name, priority in (("a", 0), ("b", 2), ("c", 1), ("d", 2), ("e", -1)):
+        scheduler.add(request(name, 3, priority=priority, max_tokens=1))
+    ended = [event.request_id for event in run(scheduler)]
+    assert ended == ["e", "a", "c", "b", "d"]
+
+
+def test_the_urgent_take_places_and_blocks_of_the_less_urgent():
+    scheduler = make(max_num_seqs=2, num_blocks=4)
+    scheduler.add(request("old", 3, priority=1))
+    scheduler.add(request("young", 3, priority=1))
+    assert chunks(scheduler) == [(0, 0, 3), (1, 0, 3)]
+    scheduler.add(request("equal", 3, priority=1))
+    assert chunks(scheduler) == [(0, 3, 1), (1, 3, 1)]
+    scheduler.add(request("urgent", 9, priority=0))  # a place and 3 of 4 blocks
+    assert chunks(scheduler) == [(3, 0, 9)]
+    assert [s.request_id for s in scheduler.waiting] == ["old", "young", "equal"]
+    scheduler.abort("urgent")
+    assert chunks(scheduler) == [(0, 0, 5), (1, 0, 5)]
+
+
+def test_an_urgent_prompt_is_not_held_up_by_chunks_of_another():
+    scheduler = make(max_num_batched_tokens=8)
+    scheduler.add(request("long", 40, priority=1))
+    assert chunks(scheduler) == [(0, 0, 8)]
+    scheduler.add(request("urgent", 6, priority=0))
+    assert chunks(scheduler) == [(1, 0, 6), (0, 8, 2)]
+
+
+def test_rows_of_logits_for_prompts_that_are_asked_about():
+    scheduler = make(max_num_batched_tokens=5, vocab_size=64)
+    scheduler.add(request("asks", 8, prompt_logprobs=0))
+    first = scheduler.schedule()
+    assert [item.logits for item in first.items] == [Logits.ALL]
+    assert scheduler.update(first, {}) == []
+    scheduler.sequence(0).num_prompt_logprobs = 5
+    assert [item.logits for item in scheduler.schedule().items] == [Logits.ALL]
+
+
+def test_planned_ahead_a_plan_gets_its_tokens_and_loses_who_ended():
+    eos = run_alone(range(3), 1)[0]
+    scheduler = make(eos_token_ids=(eos,))
+    for name, length in (("ends", 3), ("goes on", 4), ("at its length", 5)):
+        scheduler.add(request(name, length, max_tokens=1 if length == 5 else 9))
+    first = scheduler.schedule()
+    ahead = scheduler.schedule()
+    assert list(ahead.seq_ids) == [0, 1]
+    assert list(ahead.token_ids) == [PENDING, PENDING]
+    scheduler.update(first, {0: eos, 1: 33, 2: 34})
+    plan = scheduler.complete(ahead)
+    assert [(item.seq_id, item.token_ids, item.start) for item in plan.items] == [(1, (33,), 4)]
+    [event] = scheduler.update(plan, {1: 35})
+    assert event == TokenEvent("goes on", 35)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +228,7 @@ def test_a_token_that_cannot_be_sampled_ends_that_request_alone():
     assert (bad.request_id, bad.token_id, bad.finish_reason) == ("bad", None, "error")
     assert "no finite logits" in bad.error
     assert good == TokenEvent("good", 5, cached_tokens=0)
-    assert list(scheduler.running) == [1]
+    assert [s.seq_id for s in scheduler.running] == [1]
 
 
 def test_request_ids_are_free_again_after_the_end():
