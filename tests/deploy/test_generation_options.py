@@ -184,8 +184,9 @@ def test_constraints_are_kept(client: Client) -> None:
     assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", date.text)
     choice = client.generate("Yes or no? ", choices=["yes", "no"], n=2, max_tokens=16)
     assert {choice.text, choice.more_choices[0].text} <= {"yes", "no"}
-    with pytest.raises(ClientError, match="regex"):
+    with pytest.raises(ClientError, match="regex") as caught:
         client.generate("Today is ", regex="(unclosed")
+    assert caught.value.code == Code.INVALID_ARGUMENT
 
 
 def test_priority_and_expired_deadlines(client: Client) -> None:
