@@ -109,7 +109,9 @@ def test_steps_that_are_over_are_still_in_the_recording():
 def test_a_recording_waits_for_steps_through_idle_times():
     with running() as (recorder, engine):
         engine.working.clear()
+        time.sleep(0.01)  # a step may be under way
         first = recorder.begin(PATIENCE_S)
+        assert first == engine.runner.num_steps, "the next one is the first"
         threading.Timer(0.05, engine.working.set).start()
         trace = recorder.take(first, first + 2, PATIENCE_S)
     steps = of_stream(trace, "step")
@@ -142,9 +144,19 @@ def test_ending_a_recording_wakes_who_waits_for_it():
     with running() as (recorder, engine):
         engine.working.clear()
         first = recorder.begin(PATIENCE_S)
-        threading.Timer(0.05, recorder.end).start()
-        with pytest.raises(NotRecordedError):
-            recorder.take(first, first + 5, PATIENCE_S)
+        errors = []
+
+        def take():
+            with pytest.raises(NotRecordedError) as error:
+                recorder.take(first, first + 5, 3600.0)
+            errors.append(error)
+
+        waiting = threading.Thread(target=take, daemon=True)
+        waiting.start()
+        wait_until(lambda: recorder._wanted.until is not None)
+        recorder.end()
+        waiting.join(PATIENCE_S)
+        assert errors
         wait_until(engine.records_nothing)
         engine.working.set()
         again = recorder.begin(PATIENCE_S)

@@ -2,11 +2,15 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.config import ServeConfig
 from cluster.server.errors import RequestError
+from cluster.server.metrics import Metrics
+from cluster.server.request import ModelInfo, PromptInfo
 from tests.server.serving import PATIENCE_S, serve
 from tests.server.test_control_balance import LAYERS, QUICK, Ranks, more_traffic
 
@@ -100,6 +104,21 @@ def test_each_choice_has_a_first_token():
     assert total(samples, "generation_tokens_total") == 18
     assert total(samples, "time_to_first_token_seconds_count") == 3
     assert total(samples, "inter_token_latency_seconds_count") == 15
+
+
+def test_tokens_that_come_together_have_no_time_between_them_but_are_not_first():
+    config = ServeConfig.from_dict({"model": "/models/tiny"})
+    metrics = Metrics(config, ModelInfo(name="tiny", vocab_size=10, max_model_len=10))
+    info = PromptInfo(request_id="r", num_tokens=1, seed=0, replica=0, max_tokens=5)
+    request = SimpleNamespace(info=info, arrived=1.0, last_token_at=3.0)
+    for since_last_s in (None, 0.0, 0.5):
+        metrics.progressed(request, 2, since_last_s)
+    text = metrics.exposition().decode()
+    sample = '{}{{engine="0",model_name="tiny"}} {}\n'.format
+    assert sample("expertmesh:generation_tokens_total", 6.0) in text
+    assert sample("expertmesh:time_to_first_token_seconds_sum", 2.0) in text
+    assert sample("expertmesh:time_to_first_token_seconds_count", 1.0) in text
+    assert sample("expertmesh:inter_token_latency_seconds_count", 2.0) in text
 
 
 def test_errors_are_counted_by_code_before_and_after_admission():
@@ -197,8 +216,19 @@ def test_a_server_that_drains_says_so():
     assert value(samples, "draining") == 1
 
 
+def stalled(stats, seconds):
+    """A rank's `expert_stats` that tells of steps that waited so long for experts."""
+
+    async def expert_stats():
+        report = await stats()
+        return report | {"migration": report["migration"] | {"flip_s": seconds}}
+
+    return expert_stats
+
+
 def test_experts_and_ranks_stand_as_the_rebalancer_last_saw_them():
     ranks = Ranks()
+    ranks.fakes[1].expert_stats = stalled(ranks.fakes[1].expert_stats, 0.25)
     with serve(*QUICK, num_replicas=2, make_rebalancer=ranks.rebalancer) as serving:
         deadline = time.monotonic() + PATIENCE_S
         while serving.client.balance().window_s == 0:
@@ -222,5 +252,6 @@ def test_experts_and_ranks_stand_as_the_rebalancer_last_saw_them():
     for name in ("eplb_balancedness", "eplb_balancedness_min", "eplb_balancedness_p50"):
         assert value(samples, name) == 25 / 40, "of the layers that served anything"
     assert value(samples, "eplb_migrated_bytes_total") == 4 * (3 + 4 + 5)
+    assert value(samples, "eplb_stall_seconds_total") == 0.25, "of the slowest rank"
     for outcome in ("finished", "abandoned"):
         assert value(samples, "eplb_rebalances_total", outcome=outcome) == 0
