@@ -92,7 +92,8 @@ def respond_with_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def internal(request: Request, error: Exception) -> JSONResponse:
-        logger.error("a request failed for a reason that is our own", exc_info=error)
+        about = {"request_id": getattr(request.state, "request_id", None)}
+        logger.error("a request failed for a reason that is our own", exc_info=error, extra=about)
         return JSONResponse(body_of(INTERNAL), 500)
 
 
