@@ -102,6 +102,18 @@ def test_a_slow_reader_is_cut_off_and_holds_up_nobody():
     assert serving.leaders[0].of_type("abort")
 
 
+def test_trace_context_is_passed_on(slow_serving):
+    slow_serving.leaders[0].held.set()
+    sent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    address = urlsplit(slow_serving.url)
+    with closing(http.client.HTTPConnection(address.hostname, address.port)) as link:
+        headers = JSON | {"traceparent": sent, "x-request-id": "traced"}
+        link.request("POST", "/v1/completions", json.dumps(ASKED), headers)
+        slow_serving.leaders[0].wait_for("add")
+        request = slow_serving.do(slow_serving.gateway._requests.get, "traced")
+        assert request.traceparent == sent
+
+
 class TestErrorsInTheMiddle:
     def test_end_the_stream_with_an_error(self, slow_serving):
         with official_client(slow_serving) as api:
