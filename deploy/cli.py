@@ -568,6 +568,54 @@ def bench_storm(
     )
 
 
+@bench.command("overload")
+def bench_overload(
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE")] = None,
+    minutes: Annotated[float, typer.Option(min=0.05, help="Of overload.")] = 3.0,
+    factor: Annotated[float, typer.Option(min=1, help="Of what the cluster can serve.")] = 10.0,
+    users: Annotated[int, typer.Option(min=1, help="Requests that may run at once.")] = 64,
+    slo_ttft_ms: Annotated[
+        float | None, typer.Option(help="First token within. Default: 1.5 x the peak's p99.")
+    ] = None,
+    slo_tpot_ms: Annotated[
+        float | None, typer.Option(help="Each further one within. Default: likewise.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Ten times more requests than a cluster can serve: what gets through, and what is left behind.
+
+    Exits 1 when a request was lost, tokens differ from a quiet run's, or blocks were left in use.
+    """
+    from deploy.bench_overload import OverloadBench, overload_command
+    from simulations.bench.serving_outcomes import Slo
+
+    given = slo_ttft_ms is not None or slo_tpot_ms is not None
+    bench = OverloadBench(
+        minutes=minutes,
+        factor=factor,
+        users=users,
+        slo=Slo(slo_ttft_ms, slo_tpot_ms) if given else None,
+        overrides=overrides or [],
+        config=config,
+    )
+    raise typer.Exit(overload_command(bench, json_file))
+
+
+@bench.command("scheduler")
+def bench_scheduler(
+    sequences: Annotated[
+        list[int] | None, typer.Option(min=1, help="Running at once. Default: 64, 256 and 1024.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps of each size.")] = 300,
+    json_file: JsonFile = None,
+) -> None:
+    """What planning a step costs a leader: scheduler, prefix cache, plans; without a model."""
+    from deploy.bench import scheduler_command
+
+    raise typer.Exit(scheduler_command(sequences or [64, 256, 1024], steps, json_file))
+
+
 @bench.command("simulator")
 def bench_simulator(json_file: JsonFile = None) -> None:
     """Simulated steps a second: 64 ranks on one core, 9,936 ranks on two; and peak memory."""

@@ -71,12 +71,19 @@ class LoadProcess:
         self._process.start()
         theirs.close()  # so that a process that dies ends its pipe
 
-    def run(self, load: Load, show: Callable[[Progress], None] = lambda progress: None) -> Sent:
-        """Ctrl-C ends the load early and keeps what it has: see `Sent.interrupted`.
+    def run(
+        self,
+        load: Load,
+        show: Callable[[Progress], None] = lambda progress: None,
+        *,
+        first: int | None = None,
+    ) -> Sent:
+        """Send all requests of the load, or the `first` so many of them.
 
-        Raises ValueError for a load that does not fit the model, LoadError if the generator fails.
+        Ctrl-C ends it early and keeps what there is: see `Sent.interrupted`. Raises ValueError for a
+        load that does not fit the model, LoadError if the generator fails.
         """
-        self._pipe.send((load, load.plan(self._vocab_size, self._max_model_len)))
+        self._pipe.send((load, load.plan(self._vocab_size, self._max_model_len)[:first]))
         interrupted = False
         while True:
             try:
