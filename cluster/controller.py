@@ -27,6 +27,7 @@ from cluster.server.gateway import Gateway
 from cluster.server.request import ModelInfo
 from cluster.server.security import Credentials
 from cluster.server.step_trace import StepTracer
+from cluster.startup import Progress, Startup
 from cluster.worker import Worker
 from comms.trace import Trace
 
@@ -56,14 +57,14 @@ class Controller:
         self._front: FrontEnd | None = None
         self._rebalancer: Rebalancer | None = None
         self._stopping = False
-        self._doing = "starting the controller"
+        self._startup = Startup(config.ray.startup_timeout_s, self._doing_of)
         self._host = LOOPBACK
         self._keys = LinkKeys.make()
         self._leader_addresses: list[str] = []
 
-    async def doing(self) -> str:
+    async def progress(self) -> Progress:
         """What `start` is at, for whoever waits for it."""
-        return self._doing
+        return self._startup.progress
 
     async def start(self) -> Endpoints:
         """Place, load and connect every rank; returns where the cluster answers.
@@ -129,7 +130,7 @@ class Controller:
 
     async def _place_workers(self) -> None:
         check_resources(self._config)
-        self._doing = f"placing {self._topology.num_nodes} nodes on Ray"
+        self._startup.begin(f"placing {self._topology.num_nodes} nodes on Ray")
         self._placement_group = placement_group(
             [{"CPU": _cpus_per_node(self._config)}] * self._topology.num_nodes,
             strategy=self._config.ray.placement_strategy,
@@ -152,32 +153,37 @@ class Controller:
         ]
 
     async def _load_workers(self) -> None:
-        world_size = self._topology.world_size
-        self._doing = f"starting {world_size} rank processes"
-        try:
-            async with asyncio.timeout(self._config.ray.startup_timeout_s):
-                hosts = await self._find_hosts()
-                self._doing = f"connecting {world_size} ranks and loading {self._config.model}"
-                store_address = await self._workers[0].host_store.remote(hosts[0])
-                reports = await asyncio.gather(
-                    *(
-                        worker.load.remote(store_address, host)
-                        for worker, host in zip(self._workers, hosts, strict=True)
-                    )
-                )
-        except TimeoutError:
-            raise RuntimeError(
-                f"still {self._doing} after ray.startup_timeout_s = "
-                f"{self._config.ray.startup_timeout_s:g} s; the ranks' logs say what they wait for"
-            ) from None
+        """Raises StartupError, which names the ranks that were not ready in time."""
+        hosts = await self._find_hosts()
+        (store_address,) = await self._startup.all_ranks(
+            "opening the store that ranks meet at", [self._workers[0].host_store.remote(hosts[0])]
+        )
+        reports = await self._startup.all_ranks(
+            f"connecting {len(hosts)} ranks and loading {self._config.model}",
+            [
+                worker.load.remote(store_address, host)
+                for worker, host in zip(self._workers, hosts, strict=True)
+            ],
+        )
         for report in reports:
-            logger.info("rank %d ready: %s", report["rank"], report["memory"])
+            logger.info("rank %d loaded: %s", report["rank"], report["memory"])
+        await self._startup.all_ranks(
+            "computing the first steps", [worker.warm_up.remote() for worker in self._workers]
+        )
+        self._startup.begin("opening for requests")
         self._leader_addresses = [r["mailbox"] for r in reports if r["mailbox"] is not None]
         self._first_placement = reports[0]["placement"]
 
+    async def _doing_of(self, rank: int) -> str:
+        call = self._workers[rank].doing.options(concurrency_group="watch")
+        return str(await call.remote())
+
     async def _find_hosts(self) -> list[str]:
         """The address each rank listens on: loopback unless ranks are on several hosts."""
-        places = await asyncio.gather(*(worker.where.remote() for worker in self._workers))
+        places = await self._startup.all_ranks(
+            f"starting {len(self._workers)} rank processes",
+            [worker.where.remote() for worker in self._workers],
+        )
         here = ray.get_runtime_context().get_node_id()
         if all(node_id == here for node_id, _ in places):
             return [LOOPBACK] * len(places)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import ray
 
 from cluster import logs
@@ -14,6 +15,7 @@ from cluster.engine.engine import Follower, Leader, build_engine
 from cluster.engine.link_keys import LinkKeys
 from cluster.engine.mailbox import ZmqMailbox
 from cluster.engine.step_recorder import StepRecorder
+from cluster.engine.warm_up import warm_up
 from comms.groups import ParallelGroups
 from comms.store import connect_store, host_store
 from comms.topology import Topology
@@ -25,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """Life of a rank: `where`, `host_store` (rank 0 only), `load`, `run` until told to stop."""
+    """Life of a rank: `where`, `host_store` (rank 0 only), `load`, `warm_up`, `run` until told to stop.
+
+    `doing` may be asked at any time.
+    """
 
     def __init__(self, config: ServeConfig, topology: Topology, rank: int, keys: LinkKeys) -> None:
         logs.configure(config.observability, f"rank {rank}")
@@ -35,10 +40,16 @@ class Worker:
         self._rank = rank
         self._mailbox: ZmqMailbox | None = None
         self._engine: Leader | Follower | None = None
+        self._doing = "started"
 
     def where(self) -> tuple[str, str]:
         """(Ray node id, IP address) of the host we run on."""
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+
+    def doing(self) -> str:
+        """What this rank is at, and its memory, for whoever waits for it to start."""
+        mib = psutil.Process().memory_info().rss / (1 << 20)
+        return f"{self._doing}, {mib:.0f} MiB of memory"
 
     def host_store(self, host: str) -> str:
         """Open the store that all ranks meet at, on this address of ours; returns "host:port"."""
@@ -51,6 +62,7 @@ class Worker:
         Returns {"rank", "memory": bytes by kind, "mailbox": the leader's address or None,
         "placement": of the experts on all ranks, from rank 0; None from the others}.
         """
+        self._doing = "connecting to the other ranks"
         self._groups = ParallelGroups.connect(
             self._topology,
             self._rank,
@@ -62,14 +74,22 @@ class Worker:
         )
         if self._topology.tp_rank_of(self._rank) == 0:
             self._mailbox = ZmqMailbox(host, self._keys)
+        self._doing = "loading the model"
         self._engine = build_engine(self._config, self._groups, self._mailbox)
         self._recorder = StepRecorder(self._engine, self._groups)
+        self._doing = "loaded"
         return {
             "rank": self._rank,
             "memory": self._engine.runner.memory(),
             "mailbox": self._mailbox and self._mailbox.address,
             "placement": self._engine.runner.migrator.placement if self._rank == 0 else None,
         }
+
+    def warm_up(self) -> None:
+        """The first steps; all ranks together."""
+        self._doing = "computing its first steps"
+        warm_up(self._loaded.runner)
+        self._doing = "ready"
 
     def run(self, gateway_address: str) -> None:
         """Step until all replicas were told to stop. Ends with an error when a peer is lost."""

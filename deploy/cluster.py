@@ -1,6 +1,7 @@
 """Start a cluster on the Ray we are connected to, use it, and always take it down again."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from cluster.config import ServeConfig
 from cluster.controller import Controller, check_resources
 from cluster.front_end import Endpoints
 from cluster.server.security import Credentials
+from cluster.startup import Progress
 from deploy.exit_code import interrupt_on_sigterm
 
 STOP_MARGIN_S = 15.0
 PROGRESS_S = 0.5
+DETAIL_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +72,16 @@ def running_cluster(config: ServeConfig) -> Iterator[RunningCluster]:
 def _start(controller: Any) -> Endpoints:
     """Where the cluster answers; logs what the controller is at while we wait."""
     started = controller.start.remote()
-    told = ""
+    stage, told_at = "", 0.0
     while not ray.wait([started], timeout=PROGRESS_S)[0]:
-        doing = _get(controller.doing.remote())
-        if doing != told:
-            logger.info("%s ...", doing)
-            told = doing
+        progress: Progress = _get(controller.progress.remote())
+        if progress.stage != stage:
+            logger.info("%s ...", progress.stage)
+        elif time.monotonic() - told_at > DETAIL_S:
+            logger.info("%s: %s", *progress)
+        else:
+            continue
+        stage, told_at = progress.stage, time.monotonic()
     endpoints: Endpoints = _get(started)
     return endpoints
 

@@ -87,6 +87,12 @@ class MoELayer:
         """out_TH in x's dtype: weighted routed experts plus the shared expert. T may be 0."""
         return finish(self.steps(x_TH))
 
+    def forget_counters(self) -> None:
+        """Count from zero again."""
+        self.routed_E.zero_()
+        self.tokens_per_slot_S.zero_()
+        self.recent_TK = self.recent_TK[:0]
+
     def steps(self, x_TH: Tensor) -> Generator[None, None, Tensor]:
         """forward, which yields twice: with the tokens, and with the outputs in flight."""
         with self.phase("gate"):

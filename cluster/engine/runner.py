@@ -130,6 +130,16 @@ class Runner:
                 )
             self._last_end = now
 
+    def forget_counters(self) -> None:
+        """As if nothing had been executed yet."""
+        self.num_steps = 0
+        self._steps.clear()
+        self._last_end = None
+        self.timer.reset()
+        self.model.dispatcher.ledger.clear()
+        for moe in self.model.moe_layers:
+            moe.forget_counters()
+
     def rest(self) -> None:
         """This step has nothing to execute: the time until the next one is no step's."""
         self._last_end = None
