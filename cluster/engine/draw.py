@@ -53,37 +53,53 @@ def draw(
     if not params:
         return []
     rules = rules or [None] * len(params)
-    highest_N, tokens_N = logits_NV.max(dim=1)  # NaN wins over everything; first of equals
-    tokens = np.where(np.isfinite(highest_N.float().numpy(force=True)), tokens_N.cpu(), FAILED)
-    tile = max(1, _TILE_BYTES // (4 * logits_NV.shape[1]))
+    tokens_N = np.empty(len(params), np.int64)
+    likeliest = [row for row, p in enumerate(params) if p.is_greedy and not rules[row]]
+    if likeliest:
+        picked_NV = logits_NV if len(likeliest) == len(params) else logits_NV[likeliest]
+        highest_N, ids_N = picked_NV.max(dim=1)  # NaN wins over everything; first of equals
+        finite_N = highest_N.isfinite()
+        tokens_N[likeliest] = ids_N.where(finite_N, FAILED).numpy(force=True)
+    seeds_N, positions_N = np.array([p.seed for p in params], np.uint64), np.array(positions)
+    numbers_N = uniform(seeds_N, positions_N.astype(np.uint64))
     ruled = [row for row, rule in enumerate(rules) if rule]
     drawn = [row for row, p in enumerate(params) if not p.is_greedy and not rules[row]]
+    tile = max(1, _TILE_BYTES // (4 * logits_NV.shape[1]))
     for kind in (ruled, drawn):
         for start in range(0, len(kind), tile):
             rows = kind[start : start + tile]
             logits = logits_NV[rows].float().numpy(force=True)
-            for row_V, row in zip(logits, rows, strict=True):
-                if (rule := rules[row]) is not None:
-                    rule(row_V)
-            found = _draw_tile(logits, [params[i] for i in rows], [positions[i] for i in rows])
-            tokens[rows] = np.where(tokens[rows] == FAILED, FAILED, found)
-    return list(map(int, tokens))
+            of_rows = [params[row] for row in rows], [rules[row] for row in rows]
+            tokens_N[rows] = _draw_tile(logits, numbers_N[rows], *of_rows)
+    result: list[int] = tokens_N.tolist()
+    return result
 
 
 @np.errstate(invalid="ignore")
 def _draw_tile(
-    logits_NV: Weights, params: Sequence[SamplingParams], positions: Sequence[int]
+    logits_NV: Weights,
+    numbers_N: NDArray[np.float64],
+    params: Sequence[SamplingParams],
+    rules: Sequence[Rule | None],
 ) -> NDArray[np.int64]:
     """The tokens of a few rows, whose logits are overwritten."""
     highest_N = logits_NV.max(axis=1)
+    failed_N = ~np.isfinite(highest_N)
+    if any(rules):
+        for row_V, rule in zip(logits_NV, rules, strict=True):
+            if rule is not None:
+                rule(row_V)
+        highest_N = logits_NV.max(axis=1)
+    excluded_N = ~np.isfinite(highest_N)
+    logits_NV[excluded_N], highest_N[excluded_N] = 0, 0
     greedy_N = np.array([p.is_greedy for p in params])
-    tokens_N = logits_NV.argmax(axis=1)
+    tokens_N = logits_NV.argmax(axis=1) if greedy_N.any() else np.zeros(len(params), np.int64)
     if not greedy_N.all():
         filtered_weights(logits_NV, highest_N, params)
-        seeds = np.array([p.seed for p in params], np.uint64)
-        drawn_N = pick(logits_NV, uniform(seeds, np.array(positions, np.uint64)))
-        tokens_N = np.where(greedy_N, tokens_N, drawn_N)
-    return np.where(np.isfinite(highest_N), tokens_N, EXCLUDED)
+        tokens_N = np.where(greedy_N, tokens_N, pick(logits_NV, numbers_N))
+    tokens_N[excluded_N] = EXCLUDED
+    tokens_N[failed_N] = FAILED
+    return tokens_N
 
 
 def filtered_weights(
@@ -99,7 +115,7 @@ def filtered_weights(
         if 0 < p.top_k < vocab_size:
             # By logits: unequal ones may have equal weights, far below the highest.
             kth = vocab_size - p.top_k
-            row_V[row_V < np.partition(row_V, kth)[kth]] = -np.inf
+            np.putmask(row_V, row_V < np.partition(row_V, kth)[kth], -np.inf)
     logits_NV -= highest_N[:, None]
     temperatures_N = np.array([1.0 if p.is_greedy else p.temperature for p in params], np.float32)
     if (temperatures_N != 1).any():
@@ -135,27 +151,27 @@ def _cut_nucleus(weights_V: Weights, top_p: float) -> None:
 
 def pick(weights_NV: Weights, numbers_N: NDArray[np.float64]) -> NDArray[np.int64]:
     """The first ids whose cumulative weight exceeds `numbers` of the total: chunk first, then id."""
-    vocab_size = weights_NV.shape[1]
+    num_rows, vocab_size = weights_NV.shape
     starts_C = np.arange(0, vocab_size, _CHUNK)
     sums_NC = np.add.reduceat(weights_NV, starts_C, axis=1, dtype=np.float64)
     ends_NC = np.cumsum(sums_NC, axis=1)
     targets_N = numbers_N * ends_NC[:, -1]
-    chunk_N1 = _first_above(sums_NC, ends_NC, targets_N)[:, None]
-    before_N1 = np.take_along_axis(ends_NC - sums_NC, chunk_N1, axis=1)
-    ids = chunk_N1 * _CHUNK + np.arange(min(_CHUNK, vocab_size))
-    inside = np.take_along_axis(weights_NV, np.minimum(ids, vocab_size - 1), axis=1)
-    inside *= ids < vocab_size
-    ends = np.cumsum(inside.astype(np.float64), axis=1)
-    return chunk_N1[:, 0] * _CHUNK + _first_above(inside, ends, targets_N - before_N1[:, 0])
+    chunks_N = _first_above(sums_NC, ends_NC, targets_N)
+    rows_N = np.arange(num_rows)
+    targets_N -= ends_NC[rows_N, chunks_N] - sums_NC[rows_N, chunks_N]
+    inside = np.zeros((num_rows, _CHUNK))
+    for row, start in enumerate(starts_C[chunks_N].tolist()):
+        part = weights_NV[row, start : start + _CHUNK]
+        inside[row, : len(part)] = part
+    return starts_C[chunks_N] + _first_above(inside, np.cumsum(inside, axis=1), targets_N)
 
 
 def _first_above(
-    parts: NDArray[np.floating], ends: NDArray[np.float64], targets_N: NDArray[np.float64]
+    parts: NDArray[np.float64], ends: NDArray[np.float64], targets_N: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """Where the running totals `ends` of `parts` first exceed a target, in each row.
-
-    Rounding may put the target a hair beyond the last end: the last part above 0 is meant.
-    """
-    last_N = parts.shape[1] - 1 - np.argmax(parts[:, ::-1] != 0, axis=1)
-    found: NDArray[np.int64] = np.minimum((ends <= targets_N[:, None]).sum(axis=1), last_N)
-    return found
+    """Where the running totals `ends` of `parts` first exceed a target, in each row."""
+    found_N: NDArray[np.int64] = (ends <= targets_N[:, None]).sum(axis=1)
+    # Rounding may put the target a hair beyond the last end: the last part above 0 is meant.
+    for row in np.flatnonzero(found_N == parts.shape[1]):
+        found_N[row] = np.flatnonzero(parts[row])[-1]
+    return found_N

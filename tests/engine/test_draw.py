@@ -214,15 +214,22 @@ def test_tiny_temperatures_approach_greedy_without_overflow():
         assert draw(logits_NV, [SamplingParams(temperature=temperature)] * 3, range(3)) == expected
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_without_finite_logits_fails_alone(temperature):
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0),
+        SamplingParams(),
+        SamplingParams(top_k=5, top_p=0.7, min_p=0.1, temperature=0.3),
+    ],
+)
+def test_a_row_without_finite_logits_fails_alone(params):
     logits_NV = logits_of(7, 6, 600)
-    clean = draw(logits_NV, [SamplingParams(temperature=temperature)] * 6, range(6))
+    clean = draw(logits_NV, [params] * 6, range(6))
     logits_NV[1, 599] = torch.nan
     logits_NV[2] = -torch.inf
     logits_NV[3, 0] = torch.inf
     logits_NV[4] = torch.nan
-    tokens = draw(logits_NV, [SamplingParams(temperature=temperature)] * 6, range(6))
+    tokens = draw(logits_NV, [params] * 6, range(6))
     assert tokens == [clean[0], FAILED, FAILED, FAILED, FAILED, clean[5]]
 
 
