@@ -84,3 +84,33 @@ interrupted: list = []
 def test_nobody_there_is_said() -> None:
     with pytest.raises(ClientError, match="UNAVAILABLE"):
         LoadProcess("127.0.0.1:1")
+
+
+def test_a_thousand_streams_at_once() -> None:
+    """All are open together, since no leader gives tokens before the last has come."""
+    sends = load(
+        num_requests=1000, concurrency=1000, prompt=Lengths(mean=5), output=Lengths(mean=4),
+        keep_tokens=1000,
+    )  # fmt: skip
+    seen = []
+
+    def release_when_all_wait(progress) -> None:
+        seen.append(serving.num_in_flight())
+        if seen[-1] == 1000:
+            for leader in serving.leaders:
+                leader.held.clear()
+
+    with serve("scheduler.max_num_queued_reqs=1000", num_replicas=2) as serving:
+        for leader in serving.leaders:
+            leader.held.set()
+        with LoadProcess(serving.address) as generator:
+            sent = generator.run(sends, release_when_all_wait)
+        planned = sends.plan(VOCAB_SIZE, MAX_MODEL_LEN)
+        for outcome in sent.outcomes:
+            asked = planned[outcome.idx]
+            expected = completion(asked.token_ids, asked.seed, VOCAB_SIZE, asked.max_tokens)
+            assert outcome.token_ids == expected
+        assert max(seen) == 1000
+        assert serving.num_in_flight() == 0
+        loads = [leader.of_type("add") for leader in serving.leaders]
+    assert [len(adds) for adds in loads] == [500, 500]
