@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from simulations.testbed import Testbed
+from simulations.testbed import Testbed, command_in
 from tests.deploy.processes import ROOT, Command, running
 
 _OWN = (Path.home(), Path("/tmp"))  # folders of which every host has its own
@@ -28,6 +28,8 @@ class Hosts:
         for host in range(testbed.hosts):
             for folder in _OWN:
                 self._own(host, folder).mkdir(parents=True)
+        names = [f"{testbed.address(host)} host{host}" for host in range(testbed.hosts)]
+        (directory / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
 
     def address(self, host: int) -> str:
         return self._testbed.address(host)
@@ -40,16 +42,30 @@ class Hosts:
 
     def command(self, host: int, arguments: Sequence[str]) -> list[str]:
         """The arguments that run a command in a host from outside."""
-        script = "\n".join(["set -e", *self._mounts(host), f"hostname host{host}", 'exec "$@"'])
-        return [
-            "ip", "netns", "exec", self._testbed.namespace(host),
-            "unshare", "--uts", "sh", "-c", script, "sh", *arguments,
-        ]  # fmt: skip
+        inside = self._inside(host, ["--uts"], 'exec "$@"', arguments)
+        return command_in(self._testbed.namespace(host), inside)
+
+    def boot(self, host: int, arguments: Sequence[str], log: Path) -> None:
+        """Run a command that sees no processes but those that it starts, until the testbed is gone.
+
+        `ray stop` ends every Ray that it sees; a shell stays above to bury whom others leave.
+        """
+        alone = ["--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        inside = self._inside(host, alone, '"$@" & wait $!', arguments)
+        with log.open("wb") as output:
+            self._testbed.popen(host, inside, stdout=output, stderr=output)
+
+    def _inside(
+        self, host: int, own: Sequence[str], last: str, arguments: Sequence[str]
+    ) -> list[str]:
+        script = "\n".join(["set -e", *self._mounts(host), f"hostname host{host}", last])
+        return ["unshare", *own, "sh", "-c", script, "sh", *arguments]
 
     def _own(self, host: int, folder: Path) -> Path:
         return self._directory / str(host) / folder.name
 
     def _mounts(self, host: int) -> Iterator[str]:
+        yield f"mount --bind {self._directory / 'hosts'} /etc/hosts"
         for folder in _OWN:
             own = self._own(host, folder)
             for common in _COMMON:

@@ -35,6 +35,7 @@ MODEL = "/tmp/mosaic"  # of each host its own copy
 CA = "/tmp/made/ca.pem"
 PROMPT = "It is a truth universally acknowledged"
 NUM_TOKENS = 24
+MANY_TOKENS = 400  # seconds of work
 CLIENT = """
 import json, sys
 from cluster.server.client import Client
@@ -42,6 +43,20 @@ address, options, prompt, num_tokens = json.loads(sys.argv[1])
 with Client(address, **options) as client:
     answer = client.generate(prompt, max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
     print(json.dumps(list(answer.token_ids)))
+"""
+
+STREAM = """
+import json, sys
+from cluster.server.client import Client
+address, options, prompt, num_tokens = json.loads(sys.argv[1])
+tokens = []
+with Client(address, **options) as client:
+    answer = client.generate_stream(prompt, max_tokens=num_tokens, ignore_eos=True)
+    for chunk in answer:
+        if chunk.token_ids and not tokens:
+            print("the first is here", flush=True)
+        tokens += chunk.token_ids
+print(f"all {len(tokens)} are here", flush=True)
 """
 
 
@@ -133,7 +148,7 @@ def submit(ray_hosts: RayHosts, name: str, *entrypoint: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_job_from_another_host_answers_it_with_the_tokens_of_one_host(
+def test_job_from_another_host_answers_it_with_the_tokens_of_one_host_and_drains(
     ray_hosts: RayHosts, config_file: Path
 ) -> None:
     hosts, environment = ray_hosts.hosts, ray_hosts.environment
@@ -147,9 +162,14 @@ def test_job_from_another_host_answers_it_with_the_tokens_of_one_host(
         assert ray_hosts.testbed.wire_bytes() - before > 100_000  # experts are on both hosts
         assert "UNAUTHENTICATED" in call(ray_hosts, endpoint, {"ca_file": CA})
         assert "UNAVAILABLE" in call(ray_hosts, endpoint, {"token": ray_hosts.token})
-        stop = [RAY, "job", "stop", "--address", ray_hosts.jobs, "serve"]
-        hosts.run(LAPTOP, stop, timeout_s=90, env={**os.environ, **environment})
-        submitted.wait_for("stopped; nothing is left running", 60)
+        arguments = [endpoint, with_token, PROMPT, MANY_TOKENS]
+        stream = [sys.executable, "-c", STREAM, json.dumps(arguments)]
+        with hosts.running(LAPTOP, stream, **environment) as streamed:
+            streamed.wait_for("the first is here", 30)
+            stop = [RAY, "job", "stop", "--address", ray_hosts.jobs, "serve"]
+            hosts.run(LAPTOP, stop, timeout_s=90, env={**os.environ, **environment})
+            submitted.wait_for("stopped; nothing is left running", 60)
+            streamed.wait_for(f"all {MANY_TOKENS} are here", 10)
 
 
 def call(ray_hosts: RayHosts, endpoint: str, options: dict[str, str]) -> str:
