@@ -17,9 +17,13 @@ def extend(
     digests: list[bytes], token_ids: Sequence[int], block_size: int, salt: str, num_blocks: int
 ) -> None:
     """Append what `digests` lacks of the names of the first `num_blocks` blocks of `token_ids`."""
+    if len(digests) >= num_blocks:
+        return
     last = digests[-1] if digests else _digest(salt.encode(errors="surrogatepass"))
-    for end in range((len(digests) + 1) * block_size, num_blocks * block_size + 1, block_size):
-        last = _digest(last + array("i", token_ids[end - block_size : end]).tobytes())
+    tokens = array("i", token_ids[len(digests) * block_size : num_blocks * block_size])
+    data, size = tokens.tobytes(), block_size * tokens.itemsize
+    for start in range(0, len(data), size):
+        last = _digest(last + data[start : start + size])
         digests.append(last)
 
 

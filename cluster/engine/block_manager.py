@@ -54,7 +54,14 @@ class BlockManager:
         """Hand out blocks; RuntimeError when fewer are available, for callers look before they take."""
         if num_blocks > self.num_available:
             raise RuntimeError(f"{num_blocks} KV blocks wanted, {self.num_available} are available")
-        return block_table(self._take() for _ in range(num_blocks))
+        while len(self._free) < num_blocks:
+            self._forget_oldest()
+        blocks = block_table(self._free[len(self._free) - num_blocks :])
+        del self._free[len(self._free) - num_blocks :]
+        blocks.reverse()
+        for block in blocks:
+            self._num_holders[block] = 1
+        return blocks
 
     def free(self, blocks: "array[int]") -> None:
         """Take a sequence's blocks back; RuntimeError when one has no holder."""
@@ -116,13 +123,9 @@ class BlockManager:
         """How many sequences hold each block."""
         return tuple(self._num_holders)
 
-    def _take(self) -> int:
-        if self._free:
-            block = self._free.pop()
-        else:
-            block, _ = self._cached.popitem(last=False)
-            name, self._names[block] = self._names[block], None
-            assert name is not None, "cached blocks are named"
-            del self._named[name]
-        self._num_holders[block] = 1
-        return block
+    def _forget_oldest(self) -> None:
+        block, _ = self._cached.popitem(last=False)
+        name, self._names[block] = self._names[block], None
+        assert name is not None, "cached blocks are named"
+        del self._named[name]
+        self._free.append(block)

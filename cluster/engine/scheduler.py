@@ -208,12 +208,11 @@ class Scheduler:
             if caches and end >= sequence.next_full:
                 self._name_blocks(sequence, end // self.config.block_size)
             if end == len(sequence.token_ids):
-                event = self._take_token(sequence, tokens[sequence.seq_id])
+                events.append(self._take_token(sequence, tokens[sequence.seq_id]))
                 if end == sequence.num_prompt_tokens:
-                    event = event._replace(
+                    events[-1] = events[-1]._replace(
                         cached_tokens=sequence.num_cached_tokens, queue_ms=sequence.queue_ms
                     )
-                events.append(event)
         return events
 
     def _check(self, sequence: Sequence) -> None:
@@ -322,9 +321,11 @@ class Scheduler:
         if not sequence.block_table or sequence.cache_generation != self.blocks.generation:
             return  # preempted meanwhile, or begun before all was forgotten
         names = self._names(sequence, num_full)
-        table = sequence.block_table[:]
+        table = sequence.block_table
         for idx in range(first, num_full):
-            table[idx] = self.blocks.name(table[idx], names[idx])
+            block = self.blocks.name(table[idx], names[idx])
+            if block != table[idx]:  # the same was computed by another sequence meanwhile
+                table = table[:idx] + block_table([block]) + table[idx + 1 :]
         sequence.block_table = table
 
     def _grow(self, sequence: Sequence) -> bool:
