@@ -10,16 +10,15 @@ its replica's silence ran out, or the cluster failed. Use everything from one ev
 import asyncio
 import logging
 import math
-import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 from tokenizers import Tokenizer
 
 from cluster.config import ServeConfig
 from cluster.engine.link_keys import LinkKeys
-from cluster.engine.sampling_params import Constraint, SamplingParams
+from cluster.engine.sampling_params import SamplingParams
 from cluster.engine.sequence import TokenEvent
 from cluster.server import wire
 from cluster.server.admission import Admission
@@ -27,10 +26,11 @@ from cluster.server.chat import ChatTemplate
 from cluster.server.choice import Choice
 from cluster.server.errors import Code, RequestError
 from cluster.server.in_flight import InFlight
+from cluster.server.intake import CheckConstraint, Intake
 from cluster.server.leaders import LeaderLinks, Replica
 from cluster.server.observer import NO_OBSERVER, Observer
 from cluster.server.pace import Pace
-from cluster.server.prompt import Prompt, PromptReader
+from cluster.server.prompt import Prompt
 from cluster.server.readiness import Readiness
 from cluster.server.request import (
     Chat,
@@ -42,16 +42,7 @@ from cluster.server.request import (
     PromptInfo,
 )
 from cluster.server.request_table import RequestTable
-from cluster.server.validation import (
-    check_model,
-    check_prompt_length,
-    check_prompt_text,
-    check_request,
-    read_sampling,
-)
-
-CheckConstraint = Callable[[Constraint], Awaitable[None]]
-"""Raises RequestError for a constraint that no engine can keep."""
+from cluster.server.validation import check_model, check_prompt_text
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +75,10 @@ class Gateway:
         self._bind_host = bind_host
         self._keys = keys
         self._observer = observer
-        self._prompts = PromptReader(model_info, tokenizer, chat)
-        self._check_constraint = check_constraint
+        self._intake = Intake(config, model_info, tokenizer, chat, check_constraint)
         self._admission = Admission(
             config.cache.block_size if config.cache.enable_prefix_caching else None
         )
-        self._seeds = random.Random(config.seed)
         self._links: LeaderLinks | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._requests = RequestTable(
@@ -121,7 +110,7 @@ class Gateway:
     @property
     def presets(self) -> list[str]:
         """Names of the tasks that chats may name."""
-        return self._prompts.presets
+        return self._intake.prompts.presets
 
     def attach(self, replica: int, leader_address: str) -> None:
         """Connect to the leader of a replica; what an earlier leader of it was doing has failed."""
@@ -211,10 +200,10 @@ class Gateway:
         """Token ids of a text, or of what the template makes of messages; raises RequestError."""
         check_model(model, self.model)
         if isinstance(prompt, Chat):
-            return (await self._prompts.read(prompt)).token_ids
+            return (await self._intake.prompts.read(prompt)).token_ids
         if prompt:
             check_prompt_text("text", prompt)
-        return await self._prompts.tokenize(prompt, add_special_tokens)
+        return await self._intake.prompts.tokenize(prompt, add_special_tokens)
 
     def flush_cache(self) -> int:
         """Tell the replicas to forget cached prompts that no request uses; returns how many."""
@@ -224,34 +213,15 @@ class Gateway:
 
     async def _admit(self, request: GenerationRequest) -> InFlight:
         arrived = time.monotonic()
-        limits = self.config.server
         # What refuses many is asked first: an overloaded server must not spend time on refusals.
         self._check_open()
         self._requests.check_room()
-        check_request(request, self.model, limits, self.config.parallel.num_replicas)
-        assert request.prompt is not None, "refused by check_request"
-        params, bad_words = read_sampling(request.sampling, self.model, limits)
+        draft = self._intake.check(request)
         request_id = self._requests.reserve(request.request_id, request.n)
         try:
-            prompt = await self._prompts.read(request.prompt)
-            check_prompt_length(len(prompt.token_ids), self.model)
+            prompt, params = await self._intake.read(request, draft)
             self._requests.charge(request_id, len(prompt.token_ids))
-            sampling = request.sampling
-            if prompt.sampling:
-                sampling = {**prompt.sampling, **sampling}
-                params, bad_words = read_sampling(sampling, self.model, limits)
-            max_tokens = (
-                params.max_tokens if "max_tokens" in sampling else limits.default_max_tokens
-            )
-            params = replace(
-                params,
-                seed=params.seed if "seed" in sampling else self._seeds.getrandbits(63),
-                max_tokens=min(max_tokens, self.model.max_model_len - len(prompt.token_ids)),
-                bad_words=self._prompts.bad_words(bad_words),
-            )
-            if params.constraint is not None and self._check_constraint is not None:
-                await self._check_constraint(params.constraint)
-            self._check_open()  # the world may have ended while the prompt was tokenized
+            self._check_open()  # the world may have ended meanwhile
             return self._send(request, request_id, prompt, params, arrived)
         finally:
             self._requests.release(request_id)
