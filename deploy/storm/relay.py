@@ -47,8 +47,10 @@ class Relay:
         there: asyncio.StreamWriter | None = None
         try:
             back, there = await asyncio.open_connection(*self._target)
-            await asyncio.gather(_copy(reader, there), _copy(back, writer))
-        except (OSError, asyncio.CancelledError):
+            async with asyncio.TaskGroup() as both:
+                both.create_task(_copy(reader, there))
+                both.create_task(_copy(back, writer))
+        except (OSError, ExceptionGroup, asyncio.CancelledError):
             pass  # torn down, or the other side went first: what we are for
         finally:
             self._pairs.discard(task)
