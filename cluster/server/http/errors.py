@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from cluster.server.errors import Code, RequestError
@@ -37,6 +37,10 @@ _UNIONS = re.compile(r"\W|^(str|int|list|dict|none)$")
 _MAX_MESSAGE_CHARS = 2000
 
 logger = logging.getLogger(__name__)
+
+
+class ReaderLeftError(Exception):
+    """The client has closed the connection: nobody waits for the answer any more."""
 
 
 def error_body(
@@ -72,6 +76,10 @@ def respond_with_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
     async def ours(request: Request, error: RequestError) -> JSONResponse:
         return response_of(error)
+
+    @app.exception_handler(ReaderLeftError)
+    async def nobody(request: Request, error: ReaderLeftError) -> Response:
+        return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(RequestValidationError)
     async def bad_body(request: Request, error: RequestValidationError) -> JSONResponse:

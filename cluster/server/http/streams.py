@@ -13,17 +13,13 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.server.errors import RequestError
 from cluster.server.http.answer import Answer
-from cluster.server.http.errors import INTERNAL, body_of
+from cluster.server.http.errors import INTERNAL, ReaderLeftError, body_of
 
 _T = TypeVar("_T")
 _DONE = b"data: [DONE]\n\n"
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 logger = logging.getLogger(__name__)
-
-
-class ReaderLeftError(Exception):
-    """The client has closed the connection: nobody waits for the answer any more."""
 
 
 async def unless_reader_leaves(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:

@@ -114,7 +114,8 @@ class TestLogprobs:
         assert shown["top_logprobs"] == [top] * len(token_ids)
 
     def test_of_the_prompt_with_echo(self, serving, api):
-        answer = api.completions.create(prompt=PROMPT, echo=True, logprobs=0, **ASKED)
+        answer = api.completions.create(prompt=PROMPT, echo=True, logprobs=0, n=2, **ASKED)
+        assert answer.choices[1].logprobs.tokens[:2] == answer.choices[0].logprobs.tokens[:2]
         expected = expected_text(serving)
         prompt_ids = serving.tokenizer.encode(PROMPT).ids
         shown = answer.choices[0].logprobs
