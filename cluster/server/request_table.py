@@ -47,6 +47,7 @@ class RequestTable:
                 f"the queue is full: {self._num_places} requests in flight, "
                 f"max_num_queued_reqs = {self._limit}{wanted}",
             )
+        self._check_tokens(1)  # at least, so that a full queue costs no tokenizing
 
     def reserve(self, request_id: str | None, num_choices: int = 1) -> str:
         """Take places, under a new id if none is given; raises RequestError."""
@@ -70,13 +71,7 @@ class RequestTable:
         """The prompt of a request that has its places; raises RequestError if all prompts together
         grow too long. One alone is let in, whatever its length."""
         num_tokens = num_prompt_tokens * len(self._places[request_id])
-        limit = self._max_tokens
-        if limit is not None and self._num_tokens and self._num_tokens + num_tokens > limit:
-            raise RequestError(
-                Code.RESOURCE_EXHAUSTED,
-                f"the queue is full: {self._num_tokens} prompt tokens in flight and {num_tokens} "
-                f"more, max_num_queued_tokens = {limit}",
-            )
+        self._check_tokens(num_tokens)
         self._tokens[request_id] = num_tokens
         self._num_tokens += num_tokens
 
@@ -117,6 +112,15 @@ class RequestTable:
     def all(self) -> list[InFlight]:
         """A copy: ending requests while going through it is fine."""
         return list(self._in_flight.values())
+
+    def _check_tokens(self, num_tokens: int) -> None:
+        limit = self._max_tokens
+        if limit is not None and self._num_tokens and self._num_tokens + num_tokens > limit:
+            raise RequestError(
+                Code.RESOURCE_EXHAUSTED,
+                f"the queue is full: {self._num_tokens} prompt tokens in flight and at least "
+                f"{num_tokens} more, max_num_queued_tokens = {limit}",
+            )
 
     def _engine_ids(self, request_id: str, num_choices: int) -> list[str]:
         """ID, ID#1, ID#2 ...; another ID where the engine may still speak of the last of that name."""
