@@ -106,6 +106,8 @@ class Leader:
         with timer.phase("mail"):
             events = self._read_mail()
         with timer.phase("schedule"):
+            if self._forgets_at_flip:  # this may be the step with which a new placement begins
+                self.scheduler.finds_blocks = self._committed == self.runner.epoch
             plan = self.scheduler.schedule()
             self._arrivals.stamp()
         events += self._collect()
@@ -125,6 +127,8 @@ class Leader:
             self.runner.rest()
         if self._executor is None or verdict.stop:
             events += self._collect()
+        if self._executor is not None and verdict.stop:
+            self._executor.shutdown()
         self._step_tokens = plan.num_tokens
         if events or flips or monotonic() - self._last_sent >= HEARTBEAT_S:
             with timer.phase("mail"):

@@ -74,6 +74,8 @@ class Scheduler:
         self.blocks = BlockManager(config.num_blocks, config.block_size)
         self.running = SequenceQueue()
         self.waiting = SequenceQueue()
+        self.finds_blocks = True
+        """Whether requests that begin to run may use cached blocks; changed at will."""
         self.num_preemptions = 0
         self.num_prefix_queries = 0
         """Prompt tokens of requests that were looked up in the cache."""
@@ -264,10 +266,6 @@ class Scheduler:
             head = self.waiting.first
             if before is not None and head.urgency > before.urgency:
                 return
-            if head.num_cached_tokens is not None and any(
-                head in planned.sequences for planned in self._in_flight
-            ):
-                return  # preempted while its latest tokens are being computed
             if draft.chunks and not draft.budget:
                 return
             while not self._start(head):
@@ -303,7 +301,8 @@ class Scheduler:
 
     def _find_computed(self, sequence: Sequence) -> "array[int]":
         """Blocks with its first tokens; not the last token, for whose logits it is to be computed."""
-        if not (self.config.enable_prefix_caching and sequence.reads_cache):
+        caches = self.config.enable_prefix_caching and self.finds_blocks
+        if not (caches and sequence.reads_cache):
             return block_table()
         num_blocks = (sequence.num_tokens - 1) // self.config.block_size
         return self.blocks.find(self._names(sequence, num_blocks)[:num_blocks])
@@ -340,7 +339,11 @@ class Scheduler:
         return True
 
     def _preempt_last(self) -> Sequence:
-        """The least urgent goes back to the queue, where only more urgent ones can be before it."""
+        """The least urgent goes back to the queue, where only more urgent ones can be before it.
+
+        It is not admitted again in the step that it made room for: what it gave was too little for
+        another sequence besides. So a sequence whose tokens are being computed never begins anew.
+        """
         sequence = self.running.last
         self.running.remove(sequence)
         self._release(sequence)

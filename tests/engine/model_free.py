@@ -1,6 +1,7 @@
 """The engine of four ranks without a model: real leaders, followers, migrators and transfers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -71,8 +72,16 @@ def build_runner(
     return ModelFreeRunner(groups, migrator, server), layers
 
 
-def leader_of(groups: ParallelGroups, runner: Runner, mailbox: LocalMailbox) -> Leader:
+def leader_of(
+    groups: ParallelGroups, runner: Runner, mailbox: LocalMailbox, **options: Any
+) -> Leader:
+    """`options` of the Leader."""
     config = SchedulerConfig(
-        max_num_seqs=2, max_num_batched_tokens=8, block_size=16, num_blocks=1000, max_model_len=9999
+        max_num_seqs=2,
+        max_num_batched_tokens=8,
+        block_size=16,
+        num_blocks=1000,
+        max_model_len=9999,
+        enable_prefix_caching=True,
     )
-    return Leader(groups, runner, Scheduler(config), Sampler(VOCAB_SIZE, ()), mailbox)
+    return Leader(groups, runner, Scheduler(config), Sampler(VOCAB_SIZE, ()), mailbox, **options)

@@ -1,11 +1,12 @@
 """A placement comes in force on the same step everywhere, once all leaders were told, or not at all."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from cluster.engine.engine import HEARTBEAT_S, Follower, LockStepError
+from cluster.engine.engine import HEARTBEAT_S, Follower, Leader, LockStepError
 from cluster.engine.mailbox import Frame, LocalMailbox
 from cluster.engine.sampling_params import SamplingParams
 from cluster.offline import add_frame
@@ -121,6 +122,52 @@ def disagree(groups: ParallelGroups) -> str:
 def test_replicas_at_different_epochs_do_not_compute(rank_pool):
     said = "replicas stand at different placement epochs: [0, 1]"
     assert rank_pool.run(disagree, FOUR) == [said, "", said, ""]
+
+
+PROMPT = list(range(40))
+
+
+def cached_tokens(groups: ParallelGroups, forgets: bool, ahead: bool) -> list[int]:
+    """Of requests with one prompt, on leaders: before any, then with a placement told of but not in
+    force at the other replica, then with it in force, and again."""
+    runner, _ = build_runner(groups)
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    row = first_placement().physical_to_logical[0].tolist()
+    row[0], row[7] = row[7], row[0]
+    runner.prepare(1, 0, row)
+    groups.world.barrier()
+    if groups.topology.tp_rank_of(groups.rank):
+        engine: Leader | Follower = Follower(groups, runner)
+        while engine.step():
+            pass
+        runner.close()
+        return []
+    told = {2: 15, 0: 25}[groups.rank]
+    mailbox = LocalMailbox([add_frame(name, PROMPT, params) for name in "abcd"])
+    requests = {10 * number: mailbox._unread.popleft() for number in range(4)}
+    with ThreadPoolExecutor(1) as executor:
+        options = {"executor": executor if ahead else None, "forgets_at_flip": forgets}
+        engine, step = leader_of(groups, runner, mailbox, **options), -1
+        while engine.step():
+            step += 1
+            if step in requests:
+                mailbox.post(requests[step])
+            if step == told:
+                mailbox.post({"type": "placement", "epoch": 1})
+    runner.close()
+    return [event.cached_tokens for event in mailbox.events if event.token_id is not None]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_the_old_placement_computed_is_not_found_where_the_new_would_compute_otherwise(
+    rank_pool, ahead
+):
+    """Replica 1 is told before its third request comes, replica 0 after it; the fourth comes later."""
+    reports = rank_pool.run(cached_tokens, FOUR, True, ahead, comm_timeout_s=10.0)
+    assert reports[0] == [0, 32, 32, 0]
+    assert reports[2] == [0, 32, 0, 0]
+    reports = rank_pool.run(cached_tokens, FOUR, False, ahead, comm_timeout_s=10.0)
+    assert reports[0] == reports[2] == [0, 32, 32, 32]
 
 
 def test_a_leader_that_was_told_does_not_sleep_until_the_others_are(rank_pool):

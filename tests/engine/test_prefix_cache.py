@@ -108,10 +108,10 @@ def test_forgotten_blocks_are_not_found_and_running_ones_name_none():
     running = engine.add(range(20), max_tokens=20)
     step(engine.scheduler, engine.model)
     assert engine.scheduler.forget_cache() == 0  # all that there is is in use
-    assert engine.run(range(16)) == [0]
+    assert engine.run(range(20)) == [0]
     assert running.finish_reason == "length"
-    # Only what ran after the flush is found: 16 tokens and 2 of its completion.
-    assert engine.run([*range(20), *run_alone(range(20), 20)]) == [16]
+    # Only what ran after the flush is found: 20 tokens and 2 of its completion.
+    assert engine.run([*range(20), *run_alone(range(20), 20)]) == [20]
 
 
 def test_a_preempted_sequence_finds_its_own_blocks():
