@@ -1,4 +1,7 @@
-"""Routes that tell of the server and its model, and tokenization."""
+"""Routes that tell of the server and its model, and tokenization.
+
+`async` where they look at the gateway, which is used from its event loop only.
+"""
 
 import time
 from importlib.metadata import version
@@ -24,13 +27,13 @@ def open_routes(gateway: Gateway) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/health")
-    def health() -> Response:
+    async def health() -> Response:
         """200 while requests are taken, else 503."""
         ready = gateway.readiness.ready
         return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
     @routes.get("/version")
-    def show_version() -> Json:
+    async def show_version() -> Json:
         return {"version": version("expertmesh")}
 
     return routes
@@ -43,18 +46,18 @@ def info_routes(gateway: Gateway, metrics: Metrics | None) -> APIRouter:
     served = [name, *(f"{name}:{preset}" for preset in gateway.presets)]
 
     @routes.get("/v1/models")
-    def models() -> Json:
+    async def models() -> Json:
         """The model, and each preset as a model of its own."""
         return {"object": "list", "data": [card(model) for model in served]}
 
     @routes.get("/v1/models/{model:path}")
-    def model(model: str) -> Json:
+    async def model(model: str) -> Json:
         if model not in served:
             check_model(model, gateway.model)
         return card(model)
 
     @routes.get("/metrics", response_class=Response)
-    def show_metrics() -> Response:
+    async def show_metrics() -> Response:
         """For Prometheus."""
         if metrics is None:
             raise RequestError(Code.NOT_FOUND, "this server keeps no metrics")
