@@ -47,6 +47,14 @@ def trace(endpoint: str, *options: str, out: Path) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
+def wait_until_idle(client: Client) -> None:
+    """Requests that other tests have left behind are over."""
+    deadline = time.monotonic() + PATIENCE_S
+    while any(load.in_flight or load.running for load in client.loads().replicas):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.usefixtures("traffic")
 def test_a_trace_has_all_ranks_and_the_same_steps_of_each(endpoint: str, tmp_path: Path) -> None:
     out = tmp_path / "trace.json"
@@ -79,10 +87,7 @@ def test_a_trace_has_all_ranks_and_the_same_steps_of_each(endpoint: str, tmp_pat
 
 def test_an_idle_cluster_says_that_it_makes_no_steps(endpoint: str, tmp_path: Path) -> None:
     with Client(endpoint, timeout_s=PATIENCE_S) as client:
-        deadline = time.monotonic() + PATIENCE_S
-        while any(load.in_flight or load.running for load in client.loads().replicas):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until_idle(client)
         with pytest.raises(RequestError, match="a cluster without requests makes none") as error:
             client.trace_steps(5, 0.5)
         assert error.value.code == Code.FAILED_PRECONDITION
@@ -117,6 +122,7 @@ def scrape(served: Command) -> dict[str, float]:
 
 def test_metrics_of_a_real_cluster_grow_by_what_clients_got(served: Command, endpoint: str) -> None:
     with Client(endpoint, timeout_s=PATIENCE_S) as client:
+        wait_until_idle(client)
         before = scrape(served)
         usages = [
             client.generate("To be or not to be", max_tokens=9, ignore_eos=True).usage
