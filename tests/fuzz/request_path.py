@@ -24,6 +24,7 @@ from cluster.engine.mailbox import unpack
 from cluster.engine.sampler import Sampler
 from cluster.engine.scheduler import Scheduler, SchedulerConfig
 from cluster.server import wire
+from cluster.server.constraint_check import ConstraintCheck
 from cluster.server.errors import Code, RequestError
 from cluster.server.gateway import Gateway
 from cluster.server.inference_messages import Answer, chunk_message, read_request
@@ -37,7 +38,7 @@ from tests.server.serving import EOS, VOCAB_SIZE, byte_level_tokenizer
 
 NUM_BLOCKS = 24
 MAX_MODEL_LEN = 64
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 REQUEST, FRAME_TO_LEADER, FRAME_TO_GATEWAY = range(3)
 """What the bytes are, by the first of them; the second says when the reader leaves."""
 _READS_ALL = 200
@@ -108,7 +109,10 @@ class RequestPath:
             name="m", vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN, eos_token_ids=(EOS,)
         )
         self._mailbox = _Mailbox()
-        self._gateway = Gateway(self._config, tokenizer, model)
+        self._constraints = ConstraintCheck(self._directory.name, VOCAB_SIZE, (EOS,))
+        self._gateway = Gateway(
+            self._config, tokenizer, model, check_constraint=self._constraints.check
+        )
         self._gateway._links = _Links(self._mailbox)
         self._gateway.set_ready(True)
         self._leader = self._make_leader()
@@ -120,6 +124,7 @@ class RequestPath:
         self._loop.run_until_complete(asyncio.gather(self._receiving, return_exceptions=True))
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
+        self._constraints.close()
         self._directory.cleanup()
         logging.disable(logging.NOTSET)
 
