@@ -56,12 +56,14 @@ def token_ranges(
 
     NaN for a token with a weight that is NaN. The same bits in any batch: sums go by top-k position.
     """
-    squares_TK = (weights_TK * gains_E[ids_TK.clamp(min=0)]).square()
-    squares_TK = squares_TK.masked_fill(ids_TK < 0, 0.0)
-    total_T = torch.zeros(len(ids_TK))
-    for squares_T in squares_TK.unbind(dim=1):
-        total_T += squares_T
-    return (total_T.sqrt() * margin).clamp(_LEAST_RANGE, _GREATEST_RANGE)
+    weights, ids = weights_TK.numpy(), ids_TK.numpy()  # a few numbers: torch's calls cost more
+    with np.errstate(all="ignore"):
+        squares_TK = np.square(weights * gains_E.numpy()[np.maximum(ids, 0)])
+        squares_TK[ids < 0] = 0.0
+        total_T = np.zeros(len(ids), np.float32)
+        for squares_T in squares_TK.T:
+            total_T += squares_T
+    return (torch.from_numpy(total_T).sqrt() * margin).clamp(_LEAST_RANGE, _GREATEST_RANGE)
 
 
 def _rms(y_TH: Tensor) -> float:

@@ -51,9 +51,6 @@ class MlaAttention:
         query, latent_TC, k_rope_TR = torch.split(
             down, [query_size, c.kv_lora_rank, c.qk_rope_head_dim], dim=1
         )
-        k_rope_T1R = rotation(k_rope_TR.unsqueeze(1))
-        latent_T1C = self.latent_norm(latent_TC).unsqueeze(1)
-        cache.write(plan.kv_slots_T, torch.cat([latent_T1C, k_rope_T1R], dim=-1))
         if self.q_norm and self.w_q_up is not None:
             query = stable_linear(self.q_norm(query), self.w_q_up)
         q_nope_TNM, q_rope_TNR = torch.split(
@@ -61,7 +58,11 @@ class MlaAttention:
             [c.qk_nope_head_dim, c.qk_rope_head_dim],
             dim=2,
         )
-        q_TND = torch.cat([_per_head(q_nope_TNM, self.w_uk_NCM), rotation(q_rope_TNR)], dim=-1)
+        rotated = rotation(torch.cat([q_rope_TNR, k_rope_TR.unsqueeze(1)], dim=1))
+        q_rope_TNR, k_rope_T1R = rotated[:, :-1], rotated[:, -1:]
+        latent_T1C = self.latent_norm(latent_TC).unsqueeze(1)
+        cache.write(plan.kv_slots_T, torch.cat([latent_T1C, k_rope_T1R], dim=-1))
+        q_TND = torch.cat([_per_head(q_nope_TNM, self.w_uk_NCM), q_rope_TNR], dim=-1)
         # The cached row is key and value at once; the rotary channels of the sum are dropped.
         out_T1ND = paged_attention(
             q_TND.unsqueeze(1), cache.keys, cache.values, plan, c.softmax_scale

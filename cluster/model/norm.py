@@ -8,6 +8,7 @@ the products round the same way wherever a row stands in its batch (torch's fp32
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,4 +25,8 @@ class RmsNorm:
         """x [..., D] of any float dtype -> the same shape and dtype."""
         x_fp32 = x.float()
         mean_square = x_fp32.square().mean(-1, keepdim=True)
-        return (x_fp32 * torch.rsqrt(mean_square + self.eps) * self.weight.float()).to(x.dtype)
+        return (x_fp32 * torch.rsqrt(mean_square + self.eps) * self._weight_fp32).to(x.dtype)
+
+    @cached_property
+    def _weight_fp32(self) -> Tensor:
+        return self.weight.float()

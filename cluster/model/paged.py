@@ -119,9 +119,11 @@ def paged_attention(
     tensor as both reads it once. Products are in fp32 whatever the cache's dtype (a product of two
     bf16 numbers is exact in it). A hidden key weighs exactly 0.
     """
-    spare = -q_TGQD.shape[-1] % _FEATURE_MULTIPLE
-    q_GTQD = F.pad(q_TGQD.float() * scale, (0, spare)).transpose(0, 1)
+    q_GTQD = _padded(q_TGQD.float() * scale).transpose(0, 1)
     heads, num_tokens, group, _ = q_GTQD.shape
+    if len(plan.parts) == 1:  # of all tokens, in order
+        tiles = plan.parts[0].tiles
+        return _attend(q_GTQD.contiguous(), k_cache, v_cache, tiles).transpose(0, 1)
     out_GTQV = torch.empty(heads, num_tokens, group, v_cache.shape[-1])
     for part in plan.parts:
         part_GTQD = q_GTQD[:, part.tokens_T].contiguous()
@@ -130,8 +132,8 @@ def paged_attention(
 
 
 def _attend(q_GTQD: Tensor, k_cache: Tensor, v_cache: Tensor, tiles: tuple[KeyTile, ...]) -> Tensor:
-    """The outputs of one part, [G, T, Q, V]."""
-    state = _Softmax.empty(*q_GTQD.shape[:3], channels=v_cache.shape[-1])
+    """The outputs of one part, [G, T, Q, V]. All of its tokens see the first tile."""
+    state: _Softmax | None = None
     for tile in tiles:
         entering = q_GTQD if tile.tokens_A is None else q_GTQD[:, tile.tokens_A]
         k_GASD = _read_tile(k_cache, tile.blocks_AP, entering.shape[1])
@@ -141,10 +143,13 @@ def _attend(q_GTQD: Tensor, k_cache: Tensor, v_cache: Tensor, tiles: tuple[KeyTi
         scores_GAQS = _product(entering, k_GASD.transpose(2, 3))
         if tile.hidden_AS is not None:
             scores_GAQS = scores_GAQS.masked_fill(tile.hidden_AS.unsqueeze(1), -torch.inf)
-        if tile.tokens_A is None:
+        if state is None:
+            state = _Softmax.of_first(scores_GAQS, v_GASV, v_cache.shape[-1])
+        elif tile.tokens_A is None:
             state = state.extended(scores_GAQS, v_GASV)
         else:
             state.put(tile.tokens_A, state.take(tile.tokens_A).extended(scores_GAQS, v_GASV))
+    assert state is not None, "a part has tokens, and they see themselves"
     return state.acc_GTQV / state.total_GTQ1
 
 
@@ -153,12 +158,17 @@ def _read_tile(cache: Tensor, blocks_AP: Tensor, num_tokens: int) -> Tensor:
 
     A single row of blocks serves all tokens: A is then expanded, not copied.
     """
-    heads, _, block_size, channels = cache.shape
+    heads, _, block_size, _ = cache.shape
     num_rows, num_blocks = blocks_AP.shape
     rows = cache.index_select(1, blocks_AP.flatten()).float()
-    rows = F.pad(rows, (0, -channels % _FEATURE_MULTIPLE))
-    rows = rows.view(heads, num_rows, num_blocks * block_size, -1)
+    rows = _padded(rows).view(heads, num_rows, num_blocks * block_size, -1)
     return rows.expand(-1, num_tokens, -1, -1)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """With channels in multiples of 16; itself, not a copy, where they are."""
+    spare = -x.shape[-1] % _FEATURE_MULTIPLE
+    return F.pad(x, (0, spare)) if spare else x
 
 
 def _product(a_GAMD: Tensor, b_GADN: Tensor) -> Tensor:
@@ -198,12 +208,13 @@ class _Softmax:
     acc_GTQV: Tensor
 
     @staticmethod
-    def empty(heads: int, num_tokens: int, group: int, *, channels: int) -> _Softmax:
-        shape = (heads, num_tokens, group)
+    def of_first(scores_GTQS: Tensor, v_GTSV: Tensor, channels: int) -> _Softmax:
+        peak = scores_GTQS.amax(-1, keepdim=True)
+        weights = torch.exp(scores_GTQS - peak)
         return _Softmax(
-            peak_GTQ1=torch.full((*shape, 1), -torch.inf),
-            total_GTQ1=torch.zeros(*shape, 1),
-            acc_GTQV=torch.zeros(*shape, channels),
+            peak_GTQ1=peak,
+            total_GTQ1=weights.sum(-1, keepdim=True),
+            acc_GTQV=_product(weights, v_GTSV)[..., :channels],
         )
 
     def extended(self, scores_GTQS: Tensor, v_GTSV: Tensor) -> _Softmax:

@@ -79,6 +79,7 @@ async def _ask(
         planned_tokens=request.max_tokens,
         token_ids=[] if keeps else None,
         code="CANCELLED",
+        message="had not ended when the load was interrupted",
     )
     tally.outcomes.append(outcome)
     start = perf_counter()
@@ -98,8 +99,11 @@ async def _ask(
                     outcome.token_ids += chunk.token_ids
             if chunk.HasField("finish"):
                 outcome.num_ends += 1
-                outcome.cached_tokens = chunk.usage.cached_tokens
                 outcome.code = "" if chunk.finish.reason in _COMPLETE else "ABORTED"
+            if chunk.HasField("usage"):
+                outcome.cached_tokens = chunk.usage.cached_tokens
+        if outcome.num_ends == 0:
+            outcome.code, outcome.message = "UNKNOWN", "the stream ended without a finish"
     except ClientError as error:
         outcome.num_ends += 1
         outcome.code, outcome.message = error.code.name, error.message
