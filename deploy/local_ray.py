@@ -18,7 +18,10 @@ from pathlib import Path
 import psutil
 import ray
 
+TRIES = 2
 OBJECT_STORE_BYTES = 80 << 20  # we send small control messages only; Ray's minimum is 75 MiB
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -28,28 +31,49 @@ def local_ray(num_cpus: float, *, show_logs: bool = False) -> Iterator[Path]:
     show_logs: write what the processes log, which would be lost with Ray's files, to our stderr. Yields the
     directory; the logs are below its session_latest/logs.
     """
-    directory = Path(tempfile.mkdtemp(prefix="expertmesh-"))
     # The mode stays unset: Ray then turns token authentication on itself and reads our token.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    directory = _start(num_cpus, show_logs)
     try:
-        ray.init(
-            address="local",
-            num_cpus=round(num_cpus),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
-            log_to_driver=show_logs,
-            _temp_dir=str(directory),
-            _node_ip_address="127.0.0.1",
-        )
         yield directory
     finally:
-        started = _processes_of(directory)
-        with suppress(Exception):  # a Ray that never came up has nothing to shut down
-            ray.shutdown()
-        _end(started)
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
+
+
+def _start(num_cpus: float, show_logs: bool) -> Path:
+    """Ray gives itself 30 s, which a machine that is busy with others may not grant at the first try."""
+    for tries_left in reversed(range(TRIES)):
+        directory = Path(tempfile.mkdtemp(prefix="expertmesh-"))
+        try:
+            ray.init(
+                address="local",
+                num_cpus=round(num_cpus),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=show_logs,
+                _temp_dir=str(directory),
+                _node_ip_address="127.0.0.1",
+            )
+        except BaseException as error:
+            _remove(directory)
+            if not isinstance(error, Exception):
+                raise
+            if not tries_left:
+                raise RuntimeError(f"Ray does not start on this machine: {error}") from error
+            logger.warning("Ray did not start (%s); trying once more", error)
+        else:
+            break
+    return directory
+
+
+def _remove(directory: Path) -> None:
+    started = _processes_of(directory)
+    with suppress(Exception):  # a Ray that never came up has nothing to shut down
+        ray.shutdown()
+    _end(started)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _processes_of(directory: Path) -> list[psutil.Process]:
