@@ -79,7 +79,7 @@ def test_steps(client: ReflectionClient) -> None:
     with ThreadPoolExecutor(1) as threads:
         busy = threads.submit(
             client.call, INFERENCE, "Generate", **PROMPT,
-            sampling={"max_tokens": 60, "ignore_eos": True},
+            sampling={"max_tokens": 40, "ignore_eos": True},
         )  # fmt: skip
         data = joined(client.call(CONTROL, "TraceSteps", num_steps=2, timeout_s=60))
         busy.result()
