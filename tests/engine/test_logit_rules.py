@@ -36,6 +36,7 @@ def oracle(logits_V, token_ids, *processors) -> np.ndarray:
     return LogitsProcessorList(processors)(ids, torch.tensor(logits_V)[None])[0].numpy()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99), tokens.filter(bool), tokens, st.floats(0.1, 3))
 def test_repetition_penalty_is_that_of_transformers(seed, prompt, completion, penalty):
     logits_V = logits_of(seed)
@@ -46,6 +47,7 @@ def test_repetition_penalty_is_that_of_transformers(seed, prompt, completion, pe
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99), tokens, tokens, st.floats(-2, 2), st.floats(-2, 2))
 def test_frequency_and_presence_follow_the_formula_of_openai(
     seed, prompt, completion, frequency, presence
@@ -63,7 +65,7 @@ def test_frequency_and_presence_follow_the_formula_of_openai(
 words = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), min_size=1, max_size=6)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(words, st.lists(st.integers(0, 5), min_size=1, max_size=12))
 def test_bad_words_are_those_of_transformers(bad_words, completion):
     """Of few tokens, so that beginnings do occur; a word that only the prompt begins is let be."""
@@ -80,6 +82,7 @@ def test_a_bad_word_may_begin_in_the_prompt_but_not_in_the_completion():
     assert np.flatnonzero(np.isinf(applied(logits_V, [7], [8], bad_words=[[8, 9]]))) == [9]
 
 
+@settings(deadline=None)
 @given(tokens.filter(bool), tokens, st.integers(0, 30), st.sets(st.integers(0, V - 1), min_size=1))
 def test_min_tokens_is_that_of_transformers(prompt, completion, min_tokens, stops):
     logits_V = logits_of(2)
@@ -120,6 +123,7 @@ rules = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(rules, tokens.filter(bool), tokens)
 def test_what_is_kept_is_a_function_of_the_tokens(params, prompt, completion):
     """Token by token, or all at once as after a preemption: the same bits."""

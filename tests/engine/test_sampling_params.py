@@ -4,7 +4,7 @@ import math
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.engine.sampling_params import MAX_SEED, Constraint, SamplingParams
@@ -129,6 +129,7 @@ rare = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(rare)
 def test_what_few_requests_set_survives_the_wire_and_costs_nothing_elsewhere(values):
     params = SamplingParams(**values)
@@ -152,6 +153,7 @@ params = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(params)
 def test_every_valid_object_survives_the_wire(params):
     wire = msgpack.unpackb(msgpack.packb(params.to_dict()))
