@@ -94,17 +94,13 @@ def ray_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHosts]:
             HEAD: ["--head", "--port=6379", "--num-cpus=0", *dashboard],
             **{host: [f"--address={head}:6379", "--num-cpus=1"] for host in WORKERS},
         }
-        commands = []
         for host, own in options.items():
             address = f"--node-ip-address={hosts.address(host)}"
             command = stack.enter_context(
                 hosts.running(host, [*start, address, *own], **environment)
             )
-            commands.append(command)
-            if host == HEAD:  # workers may start together
-                command.wait_for("Ray runtime started", 60)
-        for command in commands:
-            command.wait_for("Ray runtime started", 60)
+            # One after the other: they share processors, and Ray gives up on itself after 30 s.
+            command.wait_for("Ray runtime started", 120)
         yield RayHosts(hosts, testbed, environment, token)
 
 
