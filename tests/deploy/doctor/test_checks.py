@@ -10,7 +10,7 @@ from rich.console import Console
 
 from deploy.doctor.checks import CHECKS, examine
 from deploy.doctor.command import summary, table_of
-from deploy.doctor.layout import nodes_by_host, rank_bytes
+from deploy.doctor.layout import PROCESS_BYTES, nodes_by_host, rank_bytes
 from deploy.doctor.situation import Link, Situation
 from tests.deploy.doctor.situations import GIB, healthy, with_host
 
@@ -33,7 +33,7 @@ BREAKS: list[tuple[str, str, str, Break]] = [
      lambda s: with_host(s, 1, model={**s.hosts[1].model, "config.json": "ffff"})),
     ("model", "problem", "model.safetensors differs",
      lambda s: with_host(s, 1, model={"config.json": "0123456789ab"})),
-    ("memory", "problem", "10.0.0.1: 1.5 GiB needed, 0.5 GiB free",
+    ("memory", "problem", "10.0.0.1: 1.8 GiB needed, 0.5 GiB free",
      lambda s: with_host(s, 0, memory_free=GIB // 2)),
     ("links", "problem", f"{HOST_2} to {HOST_3}: no answer",
      lambda s: replace(s, links=[Link(source=HOST_2, target=HOST_3, seconds=3, error="no answer")])),
@@ -90,7 +90,7 @@ def test_memory_of_a_rank_counts_weights_once_per_rank_and_cache_as_configured()
     """mosaic's 11.6 M parameters in two bytes are 22 MiB on one rank."""
     one = healthy("parallel.num_nodes=1", "parallel.ranks_per_node=1", "cache.memory_gib=1").config
     four = healthy("cache.memory_gib=1").config
-    assert 22 << 20 < rank_bytes(one) - GIB - (512 << 20) < 48 << 20
+    assert 22 << 20 < rank_bytes(one) - GIB - PROCESS_BYTES < 48 << 20
     assert rank_bytes(four) < rank_bytes(one)
     assert rank_bytes(healthy("cache.memory_gib=3").config) - rank_bytes(four) == 2 * GIB
 
