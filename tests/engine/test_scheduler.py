@@ -120,6 +120,29 @@ def test_the_urgent_take_places_and_blocks_of_the_less_urgent():
     assert chunks(scheduler) == [(0, 0, 5), (1, 0, 5)]
 
 
+def test_the_urgent_get_the_token_of_the_sequence_whose_place_they_take():
+    scheduler = make(max_num_seqs=2, max_num_batched_tokens=2)
+    scheduler.add(request("old", 1, priority=1))
+    scheduler.add(request("young", 1, priority=1))
+    assert chunks(scheduler) == [(0, 0, 1), (1, 0, 1)]
+    scheduler.add(request("urgent", 3, priority=0))
+    assert chunks(scheduler) == [(0, 1, 1), (2, 0, 1)]
+
+
+def test_planned_ahead_a_preempted_sequence_takes_no_blocks():
+    """The second takes the block of the third, whose turn in the same step comes after that."""
+    scheduler = make(block_size=1, num_blocks=4)
+    for name in ("a", "b", "c"):
+        scheduler.add(request(name, 1))
+    first = scheduler.schedule()
+    ahead = scheduler.schedule()
+    assert (list(first.seq_ids), list(ahead.seq_ids)) == ([0, 1, 2], [0, 1])
+    assert [s.request_id for s in scheduler.waiting] == ["c"]
+    # The token of the third is not lost: it goes on from there once there is room.
+    assert [e.token_id for e in scheduler.update(first, {0: 5, 1: 6, 2: 7})] == [5, 6, 7]
+    assert scheduler.waiting.first.token_ids == [0, 7]
+
+
 def test_an_urgent_prompt_is_not_held_up_by_chunks_of_another():
     scheduler = make(max_num_batched_tokens=8)
     scheduler.add(request("long", 40, priority=1))
