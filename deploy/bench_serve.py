@@ -352,6 +352,11 @@ def show(console: Console, report: dict[str, Any]) -> None:
             f"batching gives {report['continuous_batching_ratio']:.1f}x"
         )
     _show_comparison(console, report["transformers"])
+    if report["cached_tokens"]:
+        print(f"{report['prefix_hit_rate']:.0%} of prompt tokens were found in the cache")
+    if report["errors"]:
+        for code, message in report["error_examples"].items():
+            print(f"{report['errors'][code]} x {code}: {message:.200}")
     shares = ", ".join(f"{name} {share:.0%}" for name, share in report["cpu_share"].items())
     print(f"processor time of one core: {shares}")
 

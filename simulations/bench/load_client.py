@@ -79,7 +79,7 @@ async def _ask(
         planned_tokens=request.max_tokens,
         token_ids=[] if keeps else None,
         code="CANCELLED",
-        message="had not ended when the load was interrupted",
+        message="had not ended",
     )
     tally.outcomes.append(outcome)
     start = perf_counter()

@@ -92,6 +92,8 @@ def summary(outcomes: Sequence[Outcome], seconds: float, slo: Slo) -> dict[str, 
         "completion_tokens": tokens,
         "prompt_tokens": sum(outcome.prompt_tokens for outcome in done),
         "cached_tokens": sum(outcome.cached_tokens for outcome in done),
+        "prefix_hit_rate": sum(o.cached_tokens for o in done)
+        / max(1, sum(o.prompt_tokens for o in done)),
         "requests": {
             "ok": len(done),
             "rejected": len(rejected),
