@@ -83,4 +83,4 @@ def _sequence_of(frame: Frame) -> Sequence:
 
 
 def _refusal(request_id: str, error: Exception) -> TokenEvent:
-    return TokenEvent(request_id, finish_reason="error", error=str(error))
+    return TokenEvent(request_id, finish_reason="refused", error=str(error))

@@ -49,7 +49,7 @@ def take_outputs(
         if logprob is not None:
             extras[sequence.request_id]["logprob"] = logprob
         if error is not None:
-            extras[sequence.request_id]["error"] = error
+            extras[sequence.request_id].update(error=error, finish_reason="refused")
     events = scheduler.update(plan, tokens)
     return _with_extras(events, extras) if extras else events
 

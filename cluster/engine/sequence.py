@@ -16,7 +16,8 @@ __all__ = [
     "TokenLogprob",
 ]
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "refused"]
+"""refused: an error of the request's own doing; error: of anybody else's."""
 
 
 class TokenLogprob(NamedTuple):

@@ -50,17 +50,16 @@ class ConstraintCheck:
 
     async def check(self, constraint: Constraint) -> None:
         """Raises RequestError with the reason why the constraint is refused."""
-        if constraint not in self._known:
+        if constraint in self._known:
+            reason = self._known[constraint]
+        else:
             try:
                 check_support(self._model_dir, self._eos_token_ids)
             except ValueError as error:
                 raise RequestError(Code.FAILED_PRECONDITION, str(error)) from None
             loop = asyncio.get_running_loop()
-            reason = await loop.run_in_executor(self._thread, self._try, constraint)
-            self._known[constraint] = reason
-            if len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
-        if reason := self._known[constraint]:
+            reason = await loop.run_in_executor(self._thread, self._try_once, constraint)
+        if reason:
             raise RequestError(Code.INVALID_ARGUMENT, reason)
 
     def close(self) -> None:
@@ -68,6 +67,15 @@ class ConstraintCheck:
         if self._end:
             self._end()
         self._connection = None
+
+    def _try_once(self, constraint: Constraint) -> str | None:
+        """What is wrong with it. Whoever waited for the same one need not have it tried again."""
+        if constraint in self._known:
+            return self._known[constraint]
+        reason = self._known[constraint] = self._try(constraint)
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return reason
 
     def _try(self, constraint: Constraint) -> str | None:
         """What is wrong with it."""

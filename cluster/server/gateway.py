@@ -370,6 +370,8 @@ class Gateway:
             return  # ended here before the engine learned of it
         if event.error is not None:
             failed = RequestError(Code.INTERNAL, f"the engine failed this request: {event.error}")
+            if event.finish_reason == "refused":
+                failed = RequestError(Code.INVALID_ARGUMENT, event.error)
             # What goes on there, itself or its other choices, must be told to end.
             goes_on = event.finish_reason is None or request.num_choices > 1
             self._end(request, error=failed, tell_engine=goes_on)

@@ -56,7 +56,7 @@ class Client:
         """Some trouble: its kind, and how it ended."""
         kinds = [kind for kind in KINDS if self._target.http or not kind.http]
         kind = self._chance.choices(kinds, [kind.weight for kind in kinds])[0]
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(2 * PATIENCE_S):  # calls have their own limit, and tell of it
             return kind.name, await kind.act(self)
 
     async def leave_stream(self) -> str:

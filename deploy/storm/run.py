@@ -40,9 +40,9 @@ class Outcome:
 
     def count(self, kind: str, ended: str) -> None:
         self.ended.setdefault(kind, Counter())[ended] += 1
-        if ended.partition(":")[0] in _NEVER or (
-            ended == "DEADLINE_EXCEEDED" and kind != "deadline"
-        ):
+        late = ended == "DEADLINE_EXCEEDED" and kind != "deadline"
+        unasked = ended == "CANCELLED" and kind != "unary cancelled"
+        if late or unasked or ended.partition(":")[0] in _NEVER:
             self.complaints[f"{kind}: {ended}"] += 1
 
 
