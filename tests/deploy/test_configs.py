@@ -1,10 +1,14 @@
 """The configurations that come with us: valid, and for what they say they are for."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
+import ray
+import yaml
 
 from cluster.config import ServeConfig
 from deploy.settings import DEPLOY
@@ -40,6 +44,14 @@ def test_deepseek_v3_divides_over_its_ranks() -> None:
         num_redundant_experts=config.experts.num_redundant_experts,
     )
     assert (deployment.num_ranks, deployment.slots_per_rank) == (64, 5)
+
+
+def test_ray_accepts_the_launcher_file_and_what_it_copies_is_there() -> None:
+    launcher = yaml.safe_load((DEPLOY / "cluster_launcher" / "on_premises.yaml").read_text())
+    schema = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
+    jsonschema.validate(launcher, json.loads(schema.read_text()))
+    copied = [source for source in launcher["file_mounts"].values() if not source.startswith("~")]
+    assert all((ROOT / source).exists() for source in copied)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,6 @@ def launcher_file(hosts: Hosts) -> dict[str, Any]:
     launcher: dict[str, Any] = yaml.safe_load(text)
     launcher["provider"]["head_ip"] = hosts.address(HEAD)
     launcher["provider"]["worker_ips"] = [hosts.address(host) for host in WORKERS]
-    launcher["min_workers"] = launcher["max_workers"] = len(WORKERS)
     launcher["auth"] = {"ssh_user": "root", "ssh_private_key": "~/key"}
     launcher["setup_commands"] = []
     del launcher["file_mounts"]["~/expertmesh"]
