@@ -5,6 +5,7 @@ the rest of the world, but not from running for ever or filling the memory, and 
 stopped at that.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _WORKER = Path(__file__).with_name("template_worker.py")
+_START_TIMEOUT_S = 30.0
 _MEMORY_MIB = 1024
 _MAX_BYTES_PER_CHAR = 12
 """Of JSON: a character outside the basic plane is two escapes."""
@@ -60,11 +62,15 @@ class TemplateProcess:
         self._connection = None
 
     def _ask(self, connection: Connection, message: bytes) -> str:
-        try:
+        with contextlib.suppress(OSError):  # it has ended: that is what the answer will be
             connection.send_bytes(message)
-            if not connection.poll(self._time_limit_s):
+        return self._answer(connection, self._time_limit_s)
+
+    def _answer(self, connection: Connection, time_limit_s: float) -> str:
+        try:
+            if not connection.poll(time_limit_s):
                 self.close()
-                raise TemplateError(f"takes longer than {self._time_limit_s:g} s")
+                raise TemplateError(f"takes longer than {time_limit_s:g} s")
             answer = json.loads(connection.recv_bytes(self._max_chars * _MAX_BYTES_PER_CHAR + 64))
         except (OSError, EOFError):
             self.close()
@@ -75,7 +81,9 @@ class TemplateProcess:
 
     def _connect(self) -> Connection:
         if self._connection is None:
+            self.close()  # the one before, whose template had errors
             connection = self._start_process()
+            self._answer(connection, _START_TIMEOUT_S)
             self._ask(connection, self._template.encode())
             self._connection = connection
         return self._connection

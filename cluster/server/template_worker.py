@@ -2,8 +2,8 @@
 
 Needs nothing but jinja2, and starts quickly for that. The arguments are the number of an open
 connection, the memory that the process may take in MiB, and the most characters of an answer. The
-first message is the template, each further one the values of a rendering as JSON. Each is answered by
-JSON: {"text": ...}, or {"error": ...} with what was wrong.
+first message is the template, each further one the values of a rendering as JSON. The start and each of
+them is answered by JSON: {"text": ...}, or {"error": ...} with what was wrong.
 """
 
 import json
@@ -87,6 +87,7 @@ def main(connection_fd: int, memory_mib: int, max_chars: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
     worker = Worker(max_chars)
     with Connection(connection_fd) as connection:
+        connection.send_bytes(b'{"text": ""}')
         while True:
             try:
                 message = connection.recv_bytes()

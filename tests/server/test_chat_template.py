@@ -250,15 +250,15 @@ class TestPresets:
 
 LONG = "{% for i in range(99999) %}"
 HOSTILE = {
-    "loops": (f"{LONG}{LONG}{{% endfor %}}{{% endfor %}}", "takes longer than 0.5 s"),
+    "loops": (f"{LONG}{LONG}{{% endfor %}}{{% endfor %}}", "takes longer than 1 s"),
     "regress": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: RecursionError"),
     "memory": ("{{ 'a' * 10**10 }}", "needs too much memory"),
     "padding": ("{{ 'a'.ljust(10**12) }}", "needs too much memory"),
-    "power": ("{{ 9 ** (9 ** 9) }}", "takes longer than 0.5 s"),
+    "power": ("{{ 9 ** (9 ** 9) }}", "takes longer than 1 s"),
     "nesting": (
         "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] %}"
         "{% endfor %}{{ ns.x }}",
-        "takes longer than 0.5 s|needs too much memory",
+        "takes longer than 1 s|needs too much memory",
     ),
     "output": (f"{LONG}{{{{ messages[0].content * 10 }}}}{{% endfor %}}", "more than 100000 char"),
     "escape": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses: .* is unsafe"),
@@ -272,14 +272,14 @@ class TestHostile:
     @pytest.mark.parametrize("name", HOSTILE)
     def test_templates_are_bounded(self, name):
         source, message = HOSTILE[name]
-        template = ChatTemplate(source, {}, {}, time_limit_s=0.5, max_chars=100_000)
+        template = ChatTemplate(source, {}, {}, time_limit_s=1, max_chars=100_000)
         error = refusal(template)
         assert error.code is Code.INVALID_ARGUMENT
         assert re.search(message, error.message), error.message
 
     def test_one_rendering_that_is_ended_leaves_the_next_alone(self):
         source = "{% if messages|length > 1 %}" + HOSTILE["loops"][0] + "{% endif %}ok"
-        template = ChatTemplate(source, {}, {}, time_limit_s=0.5)
+        template = ChatTemplate(source, {}, {}, time_limit_s=1)
         for _ in range(2):
             with pytest.raises(RequestError, match="takes longer"):
                 template.render(chat(CONVERSATION))
