@@ -22,7 +22,9 @@ from deploy.storm.relay import Relay
 PATIENCE_S = 120.0
 OUR_FAULT = {"INTERNAL", "UNKNOWN", "DATA_LOSS", "UNAVAILABLE", "UNIMPLEMENTED"}
 """Codes that no request here deserves."""
-_GENERATE = f"/{pb.DESCRIPTOR.services_by_name['Inference'].full_name}/Generate"
+_GENERATE_STREAM = f"/{pb.DESCRIPTOR.services_by_name['Inference'].full_name}/GenerateStream"
+_ENOUGH = 30
+"""Chunks that are read of a stream that goes well."""
 _OPTIONS = [("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -102,12 +104,12 @@ class Client:
 
     async def send_malformed(self) -> str:
         request = malformed_request(self._chance, self._target.vocab_size)
-        return await _code(self._stub.Generate(request, timeout=PATIENCE_S))
+        return await _beginning(self._stub.GenerateStream(request, timeout=PATIENCE_S))
 
     async def send_garbage(self) -> str:
         data = garbage(self._chance, self._target.vocab_size)
-        call: Any = self._channel.unary_unary(_GENERATE)
-        return await _code(call(data, timeout=PATIENCE_S))
+        call: Any = self._channel.unary_stream(_GENERATE_STREAM)
+        return await _beginning(call(data, timeout=PATIENCE_S))
 
     async def complete(self) -> str:
         return await _code(self._stub.Generate(self._valid(), timeout=PATIENCE_S))
@@ -183,18 +185,33 @@ KINDS = (
 )
 
 
+async def _beginning(call: Any) -> str:
+    """How a stream ended, or that it went well so far: some ask for all that the model can hold."""
+    try:
+        for _ in range(_ENOUGH):
+            if await call.read() is grpc.aio.EOF:
+                return "OK"
+    except grpc.aio.AioRpcError as error:
+        return _name(error)
+    finally:
+        call.cancel()
+    return "OK so far"
+
+
 async def _code(call: Any) -> str:
-    """How a unary call ended; answers to garbage that our library could not read are its own."""
+    """How a unary call ended."""
     try:
         await call
     except grpc.aio.AioRpcError as error:
-        if "deserializing request" in (error.details() or ""):
-            return "not read"
-        code = str(error.code().name)
-        return f"{code}: {error.details():.150}" if code in OUR_FAULT else code
+        return _name(error)
     except asyncio.CancelledError:
         return "CANCELLED"
     return "OK"
+
+
+def _name(error: grpc.aio.AioRpcError) -> str:
+    code = str(error.code().name)
+    return f"{code}: {error.details():.150}" if code in OUR_FAULT else code
 
 
 def _http_request(body: bytes) -> bytes:

@@ -17,6 +17,7 @@ class Relay:
         self._target = host, port
         self._pairs: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -25,6 +26,7 @@ class Relay:
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
+        self._closed = True
         await self.tear()
 
     @property
@@ -41,6 +43,9 @@ class Relay:
         await asyncio.gather(*pairs, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._closed:
+            _reset(writer)
+            return
         task = asyncio.current_task()
         assert task is not None
         self._pairs.add(task)
