@@ -22,11 +22,11 @@ from cluster.engine.runner import max_model_len
 from cluster.front_end import Endpoints, FrontEnd
 from cluster.model.config import ModelConfig
 from cluster.rebalancer import ExpertFacts, Rebalancer
-from cluster.server.chat import ChatTemplate
+from cluster.server.chat.template import ChatTemplate
 from cluster.server.gateway import Gateway
+from cluster.server.observe.step_trace import StepTracer
 from cluster.server.request import ModelInfo
 from cluster.server.security import Credentials
-from cluster.server.step_trace import StepTracer
 from cluster.startup import Progress, Startup
 from cluster.worker import Worker
 from comms.trace import Trace

@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 from cluster.config import ServeConfig
 from cluster.engine.link_keys import LinkKeys
 from cluster.rebalancer import Rebalancer
-from cluster.server.chat import ChatTemplate
+from cluster.server.chat.template import ChatTemplate
 from cluster.server.constraint_check import ConstraintCheck
-from cluster.server.control import TraceSteps
 from cluster.server.gateway import Gateway
-from cluster.server.observability import Observability
+from cluster.server.observe.observability import Observability
 from cluster.server.request import ModelInfo
+from cluster.server.rpc.control import TraceSteps
+from cluster.server.rpc.service import GrpcServer
 from cluster.server.security import Credentials
-from cluster.server.service import GrpcServer
 from cluster.server.tokenizer import load_tokenizer
 
 

@@ -41,7 +41,10 @@ def offenders(module: str, allowed: tuple[str, ...]) -> list[str]:
         ("grpc", ("cluster/", "deploy/")),
         # Pipes between a parent and the ranks it forked on this host: nothing comes from outside.
         ("pickle", ("comms/launch.py", "comms/rank_process.py")),
-        ("transformers", ("deploy/verify.py", "deploy/transformers_speed.py", "deploy/models/")),
+        (
+            "transformers",
+            ("deploy/verify.py", "deploy/bench/transformers_speed.py", "deploy/models/"),
+        ),
     ],
 )
 def test_module_stays_where_it_belongs(module: str, allowed: tuple[str, ...]) -> None:

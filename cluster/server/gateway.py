@@ -22,13 +22,13 @@ from cluster.engine.sampling_params import SamplingParams
 from cluster.engine.sequence import TokenEvent
 from cluster.server import wire
 from cluster.server.admission import Admission
-from cluster.server.chat import ChatTemplate
+from cluster.server.chat.template import ChatTemplate
 from cluster.server.choice import Choice
 from cluster.server.errors import Code, RequestError
 from cluster.server.in_flight import InFlight
 from cluster.server.intake import CheckConstraint, Intake
 from cluster.server.leaders import LeaderLinks, Replica
-from cluster.server.observer import NO_OBSERVER, Observer
+from cluster.server.observe.observer import NO_OBSERVER, Observer
 from cluster.server.pace import Pace
 from cluster.server.prompt import Prompt
 from cluster.server.readiness import Readiness

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from cluster.config import ServeConfig
 from cluster.engine.sampling_params import Constraint, SamplingParams
-from cluster.server.chat import ChatTemplate
+from cluster.server.chat.template import ChatTemplate
 from cluster.server.prompt import Prompt, PromptReader
 from cluster.server.request import GenerationRequest, ModelInfo
 from cluster.server.validation import check_prompt_length, check_request, read_sampling

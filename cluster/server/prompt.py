@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from cluster.server.chat import ChatTemplate, no_template
+from cluster.server.chat.template import ChatTemplate, no_template
 from cluster.server.errors import Code, RequestError
 from cluster.server.request import Chat, ModelInfo
 

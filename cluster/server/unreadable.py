@@ -13,7 +13,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from cluster.server.errors import Code, RequestError
-from cluster.server.status import abort_with
+from cluster.server.rpc.status import abort_with
 
 _Handler = Any  # of grpc.RpcMethodHandler, which takes its parameters in stubs only
 _Context = grpc.aio.ServicerContext[Any, Any]

@@ -2,7 +2,7 @@
 
 import json
 
-from deploy.bench_balance import balance_command
+from deploy.bench.balance import balance_command
 from simulations.bench import bench_balance
 from simulations.workload import SHAPES, WORKLOADS
 from tests.deploy.processes import EXPERTMESH, running

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from deploy import bench_rebalance
-from deploy.bench_rebalance import Run, _step_report, balancedness
+from deploy.bench import rebalance as bench_rebalance
+from deploy.bench.picture import draw_balance
+from deploy.bench.rebalance import Run, _step_report, balancedness
 from deploy.cli import app
-from deploy.picture import draw_balance
 
 
 def sample(when: float, domain: str, *ranks: list[int]) -> tuple[float, str, np.ndarray]:

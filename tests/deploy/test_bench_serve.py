@@ -6,7 +6,7 @@ from array import array
 
 from rich.console import Console
 
-from deploy.bench_serve import Findings, ServeBench, report_of, show
+from deploy.bench.serve import Findings, ServeBench, report_of, show
 from simulations.bench.load_process import Sent
 from simulations.bench.serving_load import Load
 from simulations.bench.serving_outcomes import Outcome, Slo

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from cluster.server.presets import BUILT_IN
+from cluster.server.chat.presets import BUILT_IN
 from deploy.chat import chat_command
 from deploy.generate import generate_command
 from deploy.server_options import Server

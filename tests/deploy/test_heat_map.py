@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy import heat_map
-from deploy.heat_map import Bin
+from deploy.top import heat_map
+from deploy.top.heat_map import Bin
 
 nodes_of_ranks = st.lists(st.integers(1, 9), min_size=1, max_size=40).map(
     lambda sizes: [node for node, size in enumerate(sizes) for _ in range(size)]

@@ -5,8 +5,8 @@ import re
 from urllib.parse import urlsplit
 
 from cluster.server.client import Client
-from deploy.storm.kinds import KINDS, Target
-from deploy.storm.run import storm
+from deploy.bench.storm.kinds import KINDS, Target
+from deploy.bench.storm.run import storm
 
 REQUESTS = 120
 

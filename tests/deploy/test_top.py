@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from deploy.server_options import Server
-from deploy.top import top_command
+from deploy.top.command import top_command
 from tests.deploy.fake_control import FakeControl, balance, serving
 from tests.deploy.processes import EXPERTMESH, MARK, ROOT
 

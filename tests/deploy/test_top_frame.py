@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
-from deploy.top_frame import Snapshot, frame_lines
+from deploy.top.frame import Snapshot, frame_lines
 from tests.deploy.fake_control import balance, loads, server_info
 
 STATUS = Text("12:00:00")

@@ -27,10 +27,10 @@ from cluster.server import wire
 from cluster.server.constraint_check import ConstraintCheck
 from cluster.server.errors import Code, RequestError
 from cluster.server.gateway import Gateway
-from cluster.server.inference_messages import Answer, chunk_message, read_request
 from cluster.server.leaders import Replica
 from cluster.server.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.server.request import GenerationRequest, ModelInfo
+from cluster.server.rpc.inference_messages import Answer, chunk_message, read_request
 from comms.solo import SoloGroup
 from comms.topology import Topology
 from tests.fuzz.hash_runner import HashRunner

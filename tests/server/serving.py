@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster.config import ServeConfig
-from cluster.server.chat import ChatTemplate
+from cluster.server.chat.template import ChatTemplate
 from cluster.server.client import Client
 from cluster.server.gateway import Gateway
 from cluster.server.http.server import HttpServer
-from cluster.server.observability import Observability
+from cluster.server.observe.observability import Observability
 from cluster.server.request import ModelInfo
+from cluster.server.rpc.service import GrpcServer
 from cluster.server.security import Credentials
-from cluster.server.service import GrpcServer
 from tests.server.stub_leader import StubLeader
 
 VOCAB_SIZE = 320

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.server.chat.presets import BUILT_IN
 from cluster.server.http.errors import STATUS
 from cluster.server.http.models import (
     ChatCompletionBody,
@@ -12,7 +13,6 @@ from cluster.server.http.models import (
     DetokenizeBody,
     TokenizeBody,
 )
-from cluster.server.presets import BUILT_IN
 from cluster.server.proto.expertmesh.v1 import control_pb2, inference_pb2
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()

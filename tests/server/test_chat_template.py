@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.config import ChatConfig, ConfigError
 from cluster.engine.sampling_params import SamplingParams
-from cluster.server.chat import ChatTemplate
+from cluster.server.chat.presets import BUILT_IN
+from cluster.server.chat.template import ChatTemplate
 from cluster.server.errors import Code, RequestError
-from cluster.server.presets import BUILT_IN
 from cluster.server.request import Chat, ChatMessage
 from tests.server.serving import byte_level_tokenizer
 

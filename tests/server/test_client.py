@@ -10,7 +10,7 @@ from cluster.config import ConfigError, ServeConfig
 from cluster.server.client import AsyncClient, Client, ClientError
 from cluster.server.gateway import Gateway
 from cluster.server.request import ModelInfo
-from cluster.server.service import GrpcServer
+from cluster.server.rpc.service import GrpcServer
 from tests.server.serving import serve
 
 

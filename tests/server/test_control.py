@@ -7,11 +7,11 @@ import grpc
 import pytest
 
 from cluster.server.client import ClientError
-from cluster.server.control import ControlServicer
 from cluster.server.errors import RequestError
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
 from cluster.server.proto.expertmesh.v1 import control_pb2_grpc as pb_grpc
 from cluster.server.proto.expertmesh.v1 import inference_pb2
+from cluster.server.rpc.control import ControlServicer
 from tests.server.serving import EOS, MAX_MODEL_LEN, VOCAB_SIZE, serve
 
 PROMPT = [5, 6, 7]

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import ServeConfig
 from cluster.server.errors import RequestError
-from cluster.server.metrics import Metrics
+from cluster.server.observe.metrics import Metrics
 from cluster.server.request import ModelInfo, PromptInfo
 from tests.server.serving import PATIENCE_S, serve
 from tests.server.test_control_balance import LAYERS, QUICK, Ranks, more_traffic

@@ -3,7 +3,7 @@
 import logging
 
 from cluster.server.errors import Code
-from cluster.server.observer import Observer, Observers
+from cluster.server.observe.observer import Observer, Observers
 from tests.server.serving import serve
 
 
@@ -55,7 +55,7 @@ def test_a_request_is_admitted_then_progresses_then_ends():
 def test_what_an_observer_raises_is_logged_once(caplog):
     notes = []
     observers = Observers([Broken(), Noting(notes)])
-    with caplog.at_level(logging.ERROR, "cluster.server.observer"):
+    with caplog.at_level(logging.ERROR, "cluster.server.observe.observer"):
         for _ in range(3):
             observers.refused(Code.NOT_FOUND)
     assert notes == [("refused", Code.NOT_FOUND)] * 3

@@ -7,9 +7,9 @@ import pytest
 
 from cluster.config import ConfigError
 from cluster.server.errors import RequestError
-from cluster.server.otel import RequestSpans
+from cluster.server.observe.otel import RequestSpans
+from cluster.server.observe.trace_context import parse_traceparent
 from cluster.server.request import ModelInfo
-from cluster.server.trace_context import parse_traceparent
 from tests.server.collector import attributes, collecting, generate_in_trace
 from tests.server.serving import serve
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from cluster.config import ChatConfig
-from cluster.server.chat import ChatTemplate
+from cluster.server.chat.template import ChatTemplate
 from cluster.server.errors import RequestError
 from cluster.server.prompt import PromptReader
 from cluster.server.request import Chat, ChatMessage, ModelInfo

@@ -10,7 +10,7 @@ from cluster.server.errors import RequestError
 from tests.server.collector import generate_in_trace
 from tests.server.serving import serve
 
-LOGGER = "cluster.server.request_log"
+LOGGER = "cluster.server.observe.request_log"
 
 
 def lines(caplog):

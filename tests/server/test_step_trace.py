@@ -6,9 +6,9 @@ import json
 import pytest
 
 from cluster.engine.step_recorder import NotRecordedError
-from cluster.server import step_trace
 from cluster.server.errors import Code, RequestError
-from cluster.server.step_trace import StepTracer
+from cluster.server.observe import step_trace
+from cluster.server.observe.step_trace import StepTracer
 from comms.trace import Trace
 
 

@@ -3,7 +3,7 @@
 from typing import Any, Self
 
 from cluster.server.errors import RequestError
-from cluster.server.status import error_of
+from cluster.server.rpc.status import error_of
 
 
 class ClientError(RequestError):

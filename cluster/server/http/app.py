@@ -11,8 +11,8 @@ from cluster.server.http.door import Door
 from cluster.server.http.errors import respond_with_errors
 from cluster.server.http.info import info_routes, open_routes, token_routes
 from cluster.server.http.live import FILES, live_routes
-from cluster.server.live_state import LiveState
-from cluster.server.metrics import Metrics
+from cluster.server.observe.live_state import LiveState
+from cluster.server.observe.metrics import Metrics
 from cluster.server.security import Credentials
 from cluster.server.tokenizer import TokenTexts
 

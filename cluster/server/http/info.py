@@ -15,7 +15,7 @@ from cluster.server.errors import Code, RequestError
 from cluster.server.gateway import Gateway
 from cluster.server.http.models import DetokenizeBody, TokenizeBody
 from cluster.server.http.requests import chat_of, model_and_preset
-from cluster.server.metrics import Metrics
+from cluster.server.observe.metrics import Metrics
 from cluster.server.request import Chat
 from cluster.server.validation import check_model
 

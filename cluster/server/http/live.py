@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from starlette.responses import StreamingResponse
 
-from cluster.server.live_state import LiveState
+from cluster.server.observe.live_state import LiveState
 
 PAGE = Path(__file__).with_name("page")
 FILES = {"live.js": "text/javascript", "live.css": "text/css"}

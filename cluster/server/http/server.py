@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import ConfigError, ServeConfig
 from cluster.server.gateway import Gateway
-from cluster.server.live_state import LiveState
-from cluster.server.metrics import Metrics
+from cluster.server.observe.live_state import LiveState
+from cluster.server.observe.metrics import Metrics
 from cluster.server.security import Credentials
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import openai
 import pytest
 
-from cluster.server.presets import BUILT_IN
+from cluster.server.chat.presets import BUILT_IN
 
 MESSAGES = [{"role": "user", "content": "the cat"}]
 ASKED = {"model": "tiny", "messages": MESSAGES, "max_tokens": 16, "seed": 5}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from deploy import bench_simulator as command
+from deploy.bench import simulator as command
 from deploy.cli import app
 from simulations.bench import bench_simulator
 from simulations.bench.bench_simulator import SIZES, Loads

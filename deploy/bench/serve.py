@@ -23,15 +23,15 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ServeConfig
-from deploy import transformers_speed
+from deploy.bench import transformers_speed
+from deploy.bench.process_use import ClusterProcesses
+from deploy.bench.transformers_speed import Batch, TransformersProcess
 from deploy.cluster import running_cluster
 from deploy.exit_code import exit_code_of
 from deploy.json_file import write_json
 from deploy.local_ray import local_ray
-from deploy.process_use import ClusterProcesses
 from deploy.serve import cpus_for
 from deploy.settings import load_config
-from deploy.transformers_speed import Batch, TransformersProcess
 from simulations.bench.load_process import LoadProcess, Progress, Sent
 from simulations.bench.serving_load import Load
 from simulations.bench.serving_outcomes import Slo, summary

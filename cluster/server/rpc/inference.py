@@ -7,10 +7,10 @@ from typing import Any
 import grpc.aio
 
 from cluster.server.gateway import Gateway
-from cluster.server.inference_messages import Answer, chunk_message, read_chat, read_request
 from cluster.server.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.server.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
-from cluster.server.status import statuses
+from cluster.server.rpc.inference_messages import Answer, chunk_message, read_chat, read_request
+from cluster.server.rpc.status import statuses
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 

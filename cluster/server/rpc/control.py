@@ -10,14 +10,14 @@ from typing import Any
 import grpc.aio
 
 from cluster.rebalancer import Rebalancer
-from cluster.server.access import authorization, peer_is_loopback
-from cluster.server.balance import balance_message, outcome_message, placement_message
 from cluster.server.errors import Code, RequestError, invalid
 from cluster.server.gateway import Gateway
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
 from cluster.server.proto.expertmesh.v1 import control_pb2_grpc as pb_grpc
+from cluster.server.rpc.access import authorization, peer_is_loopback
+from cluster.server.rpc.balance import balance_message, outcome_message, placement_message
+from cluster.server.rpc.status import statuses
 from cluster.server.security import EVERYBODY, Credentials
-from cluster.server.status import statuses
 
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Control"].full_name
 _MAX_DRAIN_S = 86_400.0

@@ -20,15 +20,15 @@ from rich.table import Table
 
 from cluster.config import ServeConfig
 from cluster.server.client import Client
+from deploy.bench.process_use import ClusterProcesses
+from deploy.bench.storm.kinds import Target
+from deploy.bench.storm.run import Outcome, storm
 from deploy.cluster import RunningCluster, running_cluster
 from deploy.exit_code import exit_code_of
 from deploy.json_file import write_json
 from deploy.local_ray import local_ray
-from deploy.process_use import ClusterProcesses
 from deploy.serve import cpus_for
 from deploy.settings import load_config
-from deploy.storm.kinds import Target
-from deploy.storm.run import Outcome, storm
 
 SAMPLE_S = 2.0
 MAX_GROWTH = 0.03

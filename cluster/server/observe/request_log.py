@@ -3,8 +3,8 @@
 import logging
 
 from cluster.server.in_flight import InFlight
-from cluster.server.observer import Observer
-from cluster.server.trace_context import trace_id_of
+from cluster.server.observe.observer import Observer
+from cluster.server.observe.trace_context import trace_id_of
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import grpc.aio
 
 from cluster.server.proto.expertmesh.v1 import inference_pb2 as pb
 from cluster.server.proto.expertmesh.v1 import inference_pb2_grpc as pb_grpc
-from deploy.storm.messages import garbage, malformed_request, valid_request
-from deploy.storm.relay import Relay
+from deploy.bench.storm.messages import garbage, malformed_request, valid_request
+from deploy.bench.storm.relay import Relay
 
 PATIENCE_S = 120.0
 OUR_FAULT = {"INTERNAL", "UNKNOWN", "DATA_LOSS", "UNAVAILABLE", "UNIMPLEMENTED"}

@@ -18,12 +18,12 @@ from prometheus_client.metrics import MetricWrapperBase
 from cluster.config import ServeConfig
 from cluster.server import wire
 from cluster.server.errors import Code
-from cluster.server.expert_metrics import ExpertMetrics
 from cluster.server.in_flight import InFlight
 from cluster.server.leaders import Replica
-from cluster.server.metric_families import PREFIX
-from cluster.server.observer import Observer
-from cluster.server.replica_metrics import ReplicaMetrics
+from cluster.server.observe.expert_metrics import ExpertMetrics
+from cluster.server.observe.metric_families import PREFIX
+from cluster.server.observe.observer import Observer
+from cluster.server.observe.replica_metrics import ReplicaMetrics
 from cluster.server.request import FinishReason, ModelInfo
 
 FIRST_TOKEN_S = (

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import ConfigError
 from cluster.server.in_flight import InFlight
-from cluster.server.observer import Observer
+from cluster.server.observe.observer import Observer
+from cluster.server.observe.trace_context import parse_traceparent
 from cluster.server.request import FinishReason, ModelInfo
-from cluster.server.trace_context import parse_traceparent
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Tracer

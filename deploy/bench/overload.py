@@ -25,11 +25,11 @@ from rich.table import Table
 
 from cluster.config import ServeConfig
 from cluster.server.client import Client
+from deploy.bench.process_use import ClusterProcesses, Use
 from deploy.cluster import running_cluster
 from deploy.exit_code import exit_code_of
 from deploy.json_file import write_json
 from deploy.local_ray import local_ray
-from deploy.process_use import ClusterProcesses, Use
 from deploy.serve import cpus_for
 from deploy.settings import load_config
 from simulations.bench.load_process import LoadProcess, Progress, Sent

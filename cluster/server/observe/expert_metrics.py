@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from cluster.balance_record import BalanceRecord, Look, balancedness
 from cluster.rebalancer import Rebalancer
-from cluster.server.metric_families import Families
+from cluster.server.observe.metric_families import Families
 
 
 class ExpertMetrics(Collector):

@@ -23,12 +23,12 @@ from rich.table import Table
 
 from cluster.config import ServeConfig
 from cluster.server.client import AsyncClient, ClientError
+from deploy.bench.picture import PictureError, check_pictures, draw_balance
 from deploy.cluster import RunningCluster, running_cluster
 from deploy.exit_code import exit_code_of
 from deploy.json_file import write_json
 from deploy.local_ray import local_ray
 from deploy.models.domain_prompts import DOMAIN_PROMPTS
-from deploy.picture import PictureError, check_pictures, draw_balance
 from deploy.serve import cpus_for
 from deploy.settings import load_config
 

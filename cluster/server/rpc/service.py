@@ -6,10 +6,10 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.config import ConfigError, ServeConfig
 from cluster.rebalancer import Rebalancer
-from cluster.server import control, health, inference
-from cluster.server.access import TokenCheck
 from cluster.server.gateway import Gateway
 from cluster.server.proto.expertmesh.v1 import control_pb2_grpc, inference_pb2_grpc
+from cluster.server.rpc import control, health, inference
+from cluster.server.rpc.access import TokenCheck
 from cluster.server.security import Credentials
 from cluster.server.unreadable import RefuseUnreadable
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from cluster.config import ChatConfig, ConfigError, PresetConfig
+from cluster.server.chat.presets import all_presets
+from cluster.server.chat.template_process import TemplateError, TemplateProcess
 from cluster.server.errors import Code, RequestError
-from cluster.server.presets import all_presets
 from cluster.server.request import Chat
-from cluster.server.template_process import TemplateError, TemplateProcess
 
 PLAIN: Final = "plain"
 """Value of `chat.template` for models without a template of their own."""

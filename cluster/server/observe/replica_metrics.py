@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from cluster.config import ServeConfig
 from cluster.server.gateway import Gateway
 from cluster.server.leaders import Replica
-from cluster.server.metric_families import Families
+from cluster.server.observe.metric_families import Families
 
 _Table = tuple[tuple[str, str, Callable[[Replica], float]], ...]
 

@@ -10,8 +10,8 @@ import numpy as np
 from rich.text import Text
 
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
-from deploy import heat_map
-from deploy.heat_map import FloatArray, short
+from deploy.top import heat_map
+from deploy.top.heat_map import FloatArray, short
 
 SURROUNDINGS = 4  # lines beside those of ranks: layers, served, planned, legend
 _MIB = 2**20

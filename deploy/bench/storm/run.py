@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.server.client import AsyncClient, ClientError
-from deploy.storm.kinds import OUR_FAULT, Client, Target
+from deploy.bench.storm.kinds import OUR_FAULT, Client, Target
 
 SETTLE_S = 60.0
 CALLS_PER_CHANNEL = 2000

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
-from deploy.heat_map import even_bins, short
+from deploy.top.heat_map import even_bins, short
 
 TITLES = 1  # lines beside those of replicas
 _BAR = 16  # characters

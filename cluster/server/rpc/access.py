@@ -8,8 +8,8 @@ import grpc
 import grpc.aio
 
 from cluster.server.errors import RequestError
+from cluster.server.rpc.status import abort_with
 from cluster.server.security import Credentials, is_loopback
-from cluster.server.status import abort_with
 
 _Handler = Any  # of grpc.RpcMethodHandler, which takes its parameters in stubs only
 

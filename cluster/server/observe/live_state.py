@@ -22,7 +22,7 @@ from cluster.config import ServeConfig
 from cluster.rebalancer import Rebalancer
 from cluster.server.errors import Code
 from cluster.server.gateway import Gateway
-from cluster.server.observer import Observer
+from cluster.server.observe.observer import Observer
 
 if TYPE_CHECKING:
     from cluster.server.in_flight import InFlight

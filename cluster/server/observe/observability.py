@@ -7,12 +7,12 @@ import asyncio
 from cluster.config import ServeConfig
 from cluster.rebalancer import Rebalancer
 from cluster.server.gateway import Gateway
-from cluster.server.live_state import LiveState
-from cluster.server.metrics import Metrics
-from cluster.server.observer import Observer, Observers
-from cluster.server.otel import RequestSpans
+from cluster.server.observe.live_state import LiveState
+from cluster.server.observe.metrics import Metrics
+from cluster.server.observe.observer import Observer, Observers
+from cluster.server.observe.otel import RequestSpans
+from cluster.server.observe.request_log import RequestLog
 from cluster.server.request import ModelInfo
-from cluster.server.request_log import RequestLog
 
 
 class Observability:

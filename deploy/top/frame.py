@@ -13,8 +13,8 @@ from rich.text import Text
 
 from cluster.server.proto.expertmesh.v1 import control_pb2 as pb
 from deploy.rebalance_effect import size
-from deploy.top_load import SURROUNDINGS, load_lines, positive
-from deploy.top_replicas import TITLES, replica_lines
+from deploy.top.load import SURROUNDINGS, load_lines, positive
+from deploy.top.replicas import TITLES, replica_lines
 
 
 @dataclass(frozen=True)

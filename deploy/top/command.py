@@ -17,7 +17,7 @@ from deploy.failed_calls import report
 from deploy.keys import pressed_keys
 from deploy.leaving import Leaving
 from deploy.server_options import Server
-from deploy.top_frame import Frame, Snapshot
+from deploy.top.frame import Frame, Snapshot
 
 _TIMEOUT_S = 3.0  # of a call; longer than any pause of a server that is well
 

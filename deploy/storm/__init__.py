@@ -1,1 +1,0 @@
-"""A storm of cancellations, disconnects and malformed requests against a real cluster: see `command`."""
