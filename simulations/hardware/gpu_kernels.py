@@ -12,8 +12,8 @@ channels, S keys; T rows, H channels.
 from dataclasses import dataclass
 
 import torch
-import triton  # type: ignore[import-not-found,unused-ignore]
-import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 LATENT, ROTARY = 512, 64

@@ -85,7 +85,7 @@ def _software() -> dict[str, str]:
         found = subprocess.run(query, capture_output=True, text=True, check=True)
         versions["driver"] = found.stdout.split()[0]
     with suppress(ImportError):
-        import triton  # type: ignore[import-not-found,unused-ignore]
+        import triton
 
         versions["triton"] = triton.__version__
     return versions
