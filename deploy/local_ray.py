@@ -1,8 +1,8 @@
 """A private Ray on this machine, for when the user has none: started, then removed without trace.
 
 Session files, sockets and logs live in one temporary directory that is deleted at the end; the
-access token exists only in this process and its children. Ray's control services listen on loopback;
-its per-node agents and metrics exporters choose the host's own addresses.
+access token exists only in this process and its children. Where Ray's own services listen is Ray's
+choice, also beyond loopback: the token, which it demands of every call, is what keeps strangers out.
 """
 
 import logging

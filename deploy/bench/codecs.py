@@ -9,15 +9,14 @@ from rich.table import Table
 
 from cluster.model.errors import CheckpointError, UnsupportedModelError
 from deploy.json_file import write_json
+from deploy.settings import BUNDLED_MODELS
 from simulations.bench import bench_codecs
-
-MOSAIC = Path(__file__).parent / "models" / "mosaic"
 
 
 def codecs_command(model: Path | None, json_file: Path | None) -> int:
     """Print and write the report; 2 for a directory that is no checkpoint with experts."""
     try:
-        report = bench_codecs.run(model or MOSAIC)
+        report = bench_codecs.run(model or BUNDLED_MODELS["mosaic"])
     except (CheckpointError, UnsupportedModelError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

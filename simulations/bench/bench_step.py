@@ -77,10 +77,17 @@ def run(
 
 
 def _roomy(config: ServeConfig, sequences: int, steps: int) -> ServeConfig:
-    """Room for all sequences at once and all prompts in the first step: no preemption, no queue."""
+    """Room for all sequences at once and all prompts in the first step: no preemption, no queue.
+
+    Planning is not overlapped: phases that run side by side would not add up to the step.
+    """
     tokens = PROMPT_TOKENS + WARM_UP_STEPS + steps + 1
     blocks = sequences * (tokens // config.cache.block_size + 1)
-    scheduler = {"max_num_seqs": sequences, "max_num_batched_tokens": sequences * PROMPT_TOKENS}
+    scheduler = {
+        "max_num_seqs": sequences,
+        "max_num_batched_tokens": sequences * PROMPT_TOKENS,
+        "async_scheduling": False,
+    }
     return config.model_copy(
         update={
             "cache": config.cache.model_copy(update={"num_blocks": blocks}),

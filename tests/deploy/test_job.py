@@ -23,6 +23,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
     command = [
         RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--port=0",
         "--num-cpus=4", "--dashboard-host=127.0.0.1", "--dashboard-port=0",
+        "--dashboard-agent-listen-port=0",  # the usual one may be that of another Ray here
         "--disable-usage-stats", f"--temp-dir={directory}",
     ]  # fmt: skip
     with running(command, **environment) as head:

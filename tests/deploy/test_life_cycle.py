@@ -33,8 +33,7 @@ def wait_until(condition, timeout_s=30.0):
 def test_sigterm_lets_requests_finish_and_a_second_one_hurries():
     with running([EXPERTMESH, "serve", *ONE_RANK, "server.drain_timeout_s=300"]) as command:
         endpoint = command.wait_for(r"serving mosaic on (\S+)", START_TIMEOUT_S)[1]
-        for stage in ("placing", "starting 1 rank processes", "loading", "first steps"):
-            assert stage in command.output
+        assert "starting 1 rank processes" in command.output  # which takes the longest
         with Client(endpoint, 120, max_retries=0) as client, grpc.insecure_channel(endpoint) as raw:
             watch = health_pb2_grpc.HealthStub(raw).Watch(
                 health_pb2.HealthCheckRequest(service="expertmesh.v1.Inference")
