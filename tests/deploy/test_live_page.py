@@ -60,15 +60,15 @@ def test_it_shows_a_working_cluster(endpoint, http, tmp_path, width):
     async def look():
         seen = asyncio.Event()
         load = asyncio.create_task(_busy(endpoint, seen))
-        try:
-            async with browser_page(tmp_path / "profile", width=width) as page:
+        async with browser_page(tmp_path / "profile", width=width) as page:
+            try:
                 await page.open(f"{http}/live")
                 await _watch(page)
-                await page.picture(tmp_path / "live.png")
-                assert page.errors == []
-        finally:
-            seen.set()
-            await load
+            finally:
+                seen.set()
+                await load
+            await page.picture(tmp_path / "live.png")
+            assert page.errors == []
 
     asyncio.run(look())
     assert (tmp_path / "live.png").stat().st_size > 20_000

@@ -116,14 +116,14 @@ function draw() {
 function drawTiles() {
   const last = history.at(-1) ?? {};
   const tiles = [
-    ["tokens per second", number(last.tokens_per_s, last.tokens_per_s < 10 ? 1 : 0)],
+    ["tokens / s", number(last.tokens_per_s, last.tokens_per_s < 10 ? 1 : 0)],
     ["running", number(last.running)],
     ["waiting", number(last.waiting)],
     ["KV cache in use", number(100 * (last.kv_usage ?? 0)), "%"],
     ["to the first token", number(last.ttft_ms), "ms"],
     ["between tokens", number(last.tpot_ms), "ms"],
     ["balancedness", number(last.balancedness, 3)],
-    ["refused per second", number(last.refused_per_s, last.refused_per_s ? 1 : 0)],
+    ["refused / s", number(last.refused_per_s, last.refused_per_s ? 1 : 0)],
   ];
   $("tiles").replaceChildren(...tiles.map(([name, value, unit]) => {
     const tile = element("div", "", "tile");
@@ -148,7 +148,7 @@ function svg(name, attributes, text) {
 function niceTop(value) {
   if (value <= 0) return 1;
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= value);
+  return [1, 2, 3, 5, 10].map((step) => step * power).find((step) => step >= value);
 }
 
 function chart(canvas, lines, { top, marks = false, digits = 0, unit } = {}) {
