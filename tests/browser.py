@@ -1,7 +1,6 @@
 """A real browser without a window, driven over the DevTools protocol."""
 
 import asyncio
-import base64
 import itertools
 import json
 import shutil
@@ -56,10 +55,6 @@ class Page:
             assert time.monotonic() < deadline, f"never true: {expression}; errors: {self.errors}"
             await asyncio.sleep(0.1)
         return value
-
-    async def picture(self, path):
-        answer = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        Path(path).write_bytes(base64.b64decode(answer["data"]))
 
     async def _read(self):
         async for message in self._socket:

@@ -67,11 +67,9 @@ def test_it_shows_a_working_cluster(endpoint, http, tmp_path, width):
             finally:
                 seen.set()
                 await load
-            await page.picture(tmp_path / "live.png")
             assert page.errors == []
 
     asyncio.run(look())
-    assert (tmp_path / "live.png").stat().st_size > 20_000
 
 
 def test_the_page_brings_nothing_from_elsewhere(http):
