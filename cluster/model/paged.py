@@ -1,16 +1,17 @@
 """Attention over the paged KV cache, one query token at a time in batched products.
 
-Every query token is its own batch entry and walks over its keys in *tiles* of fixed size at
-absolute positions, with the online softmax in fp32 (Milakov & Gimelshein 2018). Which other tokens
-are in the step, how a prompt was cut into chunks and where its blocks lie change nothing in a
-token's arithmetic, so they cannot change a bit of its result. Prefill and decode run the same code.
+Every query token is its own batch entry and sees its keys in *tiles* of fixed size at absolute
+positions. Each tile has a softmax of its own, in fp32; they are merged in order (the online softmax of
+Milakov & Gimelshein 2018). Which other tokens are in the step, how a prompt was cut into chunks and
+where its blocks lie change nothing in a token's arithmetic, so they cannot change a bit of its
+result. Prefill and decode run the same code.
 
 Tokens of one sequence that follow each other (a chunk of a prompt) form a *span* and read each tile
-once for all of them; single tokens (decode) gather their own tiles and go together.
+once for all of them; single tokens (decode) gather their own tiles, several at once, and go together.
 
-Legend: T query tokens, A those of a part still active in a tile, G KV heads here, Q query heads per
-KV head, D channels of a key, V of a value, S keys of a tile, P blocks of a tile, N sequences,
-B blocks of a table.
+Legend: T query tokens, A those of a part that see some tiles, N these tiles, E = A * N entries, G KV
+heads here, Q query heads per KV head, D channels of a key, V of a value, S keys of a tile, P blocks of
+N tiles, B blocks of a table.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,6 +35,9 @@ KEY_TILE = 64
 MIN_SPAN = 4
 """Fewer tokens of one sequence than this are gathered like single ones."""
 
+TILES_AT_ONCE = 64
+"""Tiles, of all single tokens together, that are gathered at once: more do not fit the cache."""
+
 _FEATURE_MULTIPLE = 16  # fp32 elements of 64 bytes: what products need to run without copies
 
 
@@ -40,16 +46,17 @@ def blocks_per_tile(block_size: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyTile:
-    """One tile of positions, for the tokens of a part whose history reaches it.
+class KeyTiles:
+    """Consecutive tiles of positions, and the tokens of a part whose histories reach all of them.
 
     `tokens_A` indexes the part; None is everyone. `blocks_AP` has one row if the part is a span.
-    `hidden_AS` marks keys after the query's own position; None if no token has any.
+    `hidden_ES` marks keys after the query's own position; None if no token has any.
     """
 
     tokens_A: Tensor | None
+    num_tiles: int
     blocks_AP: Tensor
-    hidden_AS: Tensor | None
+    hidden_ES: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +64,7 @@ class Part:
     """Tokens that walk over their tiles together."""
 
     tokens_T: Tensor
-    tiles: tuple[KeyTile, ...]
+    tiles: tuple[KeyTiles, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,24 +97,42 @@ def _spans(batch: ForwardBatch) -> Iterator[tuple[Tensor, bool]]:
 def _part(batch: ForwardBatch, tokens_T: Tensor, is_span: bool, block_size: int) -> Part:
     num_blocks = blocks_per_tile(block_size)
     num_keys = num_blocks * block_size
-    positions_T = batch.positions_T[tokens_T]
-    num_tiles = int(positions_T.max()) // num_keys + 1
     rows = batch.sequence_T[tokens_T[:1] if is_span else tokens_T]
-    tables_TB = batch.block_tables_NB[rows]
-    tables_TB = F.pad(tables_TB, (0, max(0, num_tiles * num_blocks - tables_TB.shape[1])))
+    tables_TB = batch.block_tables_NB[rows].numpy()
+    positions_T = batch.positions_T[tokens_T].numpy()
+    last_T = positions_T // num_keys
+    spare = (int(last_T.max()) + 1) * num_blocks - tables_TB.shape[1]
+    if spare > 0:
+        tables_TB = np.pad(tables_TB, ((0, 0), (0, spare)))
     tiles = []
-    for tile_idx in range(num_tiles):
-        first = tile_idx * num_keys
-        tokens_A = (positions_T >= first).nonzero().squeeze(1)
-        blocks_TP = tables_TB[:, tile_idx * num_blocks : (tile_idx + 1) * num_blocks]
-        hidden_AS = torch.arange(first, first + num_keys) > positions_T[tokens_A].unsqueeze(1)
-        tile = KeyTile(
-            tokens_A=None if len(tokens_A) == len(tokens_T) else tokens_A,
-            blocks_AP=blocks_TP if is_span else blocks_TP[tokens_A],
-            hidden_AS=hidden_AS if bool(hidden_AS.any()) else None,
+    for first, end in _runs(last_T, is_span):
+        tokens_A = np.flatnonzero(last_T >= first)
+        blocks_TP = tables_TB[:, first * num_blocks : end * num_blocks]
+        keys_S = np.arange(first * num_keys, end * num_keys)
+        hidden_AS = keys_S > positions_T[tokens_A, None]
+        run = KeyTiles(
+            tokens_A=None if len(tokens_A) == len(tokens_T) else torch.from_numpy(tokens_A),
+            num_tiles=end - first,
+            blocks_AP=torch.from_numpy(blocks_TP if is_span else blocks_TP[tokens_A]),
+            hidden_ES=torch.from_numpy(hidden_AS.reshape(-1, num_keys))
+            if hidden_AS.any()
+            else None,
         )
-        tiles.append(tile)
+        tiles.append(run)
     return Part(tokens_T=tokens_T, tiles=tuple(tiles))
+
+
+def _runs(last_T: NDArray[np.int64], is_span: bool) -> Iterator[tuple[int, int]]:
+    """Tiles [first, end) that the same tokens see, as many as are gathered at once.
+
+    last_T: the last tile of each token.
+    """
+    first = 0
+    for end in np.unique(last_T) + 1:
+        at_once = 1 if is_span else max(1, TILES_AT_ONCE // int((last_T >= first).sum()))
+        while first < end:
+            yield first, min(first + at_once, int(end))
+            first = min(first + at_once, int(end))
 
 
 def paged_attention(
@@ -131,38 +156,60 @@ def paged_attention(
     return out_GTQV.transpose(0, 1)
 
 
-def _attend(q_GTQD: Tensor, k_cache: Tensor, v_cache: Tensor, tiles: tuple[KeyTile, ...]) -> Tensor:
-    """The outputs of one part, [G, T, Q, V]. All of its tokens see the first tile."""
-    state: _Softmax | None = None
-    for tile in tiles:
-        entering = q_GTQD if tile.tokens_A is None else q_GTQD[:, tile.tokens_A]
-        k_GASD = _read_tile(k_cache, tile.blocks_AP, entering.shape[1])
-        v_GASV = (
-            k_GASD if v_cache is k_cache else _read_tile(v_cache, tile.blocks_AP, entering.shape[1])
-        )
-        scores_GAQS = _product(entering, k_GASD.transpose(2, 3))
-        if tile.hidden_AS is not None:
-            scores_GAQS = scores_GAQS.masked_fill(tile.hidden_AS.unsqueeze(1), -torch.inf)
-        if state is None:
-            state = _Softmax.of_first(scores_GAQS, v_GASV, v_cache.shape[-1])
-        elif tile.tokens_A is None:
-            state = state.extended(scores_GAQS, v_GASV)
-        else:
-            state.put(tile.tokens_A, state.take(tile.tokens_A).extended(scores_GAQS, v_GASV))
-    assert state is not None, "a part has tokens, and they see themselves"
-    return state.acc_GTQV / state.total_GTQ1
+def _attend(q_GTQD: Tensor, k_cache: Tensor, v_cache: Tensor, runs: tuple[KeyTiles, ...]) -> Tensor:
+    """The outputs of one part, [G, T, Q, V]. All of its tokens see the first tiles."""
+    whole: _Softmax | None = None
+    for run in runs:
+        entering = q_GTQD if run.tokens_A is None else q_GTQD[:, run.tokens_A]
+        for tile in _softmax_of_tiles(entering, k_cache, v_cache, run):
+            if whole is None:
+                whole = tile
+            elif run.tokens_A is None:
+                whole = whole.merged(tile)
+            else:
+                whole.put(run.tokens_A, whole.take(run.tokens_A).merged(tile))
+    assert whole is not None, "a part has tokens, and they see themselves"
+    return whole.acc_GTQV / whole.total_GTQ1
 
 
-def _read_tile(cache: Tensor, blocks_AP: Tensor, num_tokens: int) -> Tensor:
-    """The keys or values of each token, fp32 [G, A, S, D], D rounded up to a multiple of 16.
+def _softmax_of_tiles(
+    q_GAQD: Tensor, k_cache: Tensor, v_cache: Tensor, run: KeyTiles
+) -> Iterator[_Softmax]:
+    """One for each tile of the run, in order."""
+    num_tokens = q_GAQD.shape[1]
+    count = num_tokens * run.num_tiles
+    q_GEQD = q_GAQD if run.num_tiles == 1 else q_GAQD.repeat_interleave(run.num_tiles, dim=1)
+    k_GESD = _read_tiles(k_cache, run, count)
+    v_GESV = k_GESD if v_cache is k_cache else _read_tiles(v_cache, run, count)
+    scores_GEQS = _product(q_GEQD, k_GESD.transpose(2, 3))
+    if run.hidden_ES is not None:
+        scores_GEQS = scores_GEQS.masked_fill(run.hidden_ES.unsqueeze(1), -torch.inf)
+    peak_GEQ1 = scores_GEQS.amax(-1, keepdim=True)
+    weights_GEQS = torch.exp(scores_GEQS - peak_GEQ1)
+    parts = (
+        peak_GEQ1,
+        weights_GEQS.sum(-1, keepdim=True),
+        _product(weights_GEQS, v_GESV)[..., : v_cache.shape[-1]],
+    )
+    if run.num_tiles == 1:
+        yield _Softmax(*parts)
+        return
+    by_tile = [x.unflatten(1, (num_tokens, run.num_tiles)).unbind(2) for x in parts]
+    yield from (_Softmax(*tile) for tile in zip(*by_tile, strict=True))
 
-    A single row of blocks serves all tokens: A is then expanded, not copied.
+
+def _read_tiles(cache: Tensor, run: KeyTiles, count: int) -> Tensor:
+    """The keys or values of each entry, fp32 [G, E, S, D], D rounded up to a multiple of 16.
+
+    A single row of blocks serves all tokens: E is then expanded, not copied.
     """
     heads, _, block_size, _ = cache.shape
-    num_rows, num_blocks = blocks_AP.shape
-    rows = cache.index_select(1, blocks_AP.flatten()).float()
-    rows = _padded(rows).view(heads, num_rows, num_blocks * block_size, -1)
-    return rows.expand(-1, num_tokens, -1, -1)
+    rows = cache.index_select(1, run.blocks_AP.flatten()).float()
+    num_blocks = run.blocks_AP.shape[1] // run.num_tiles
+    tiles_GESD = _padded(rows).view(
+        heads, run.blocks_AP.shape[0] * run.num_tiles, num_blocks * block_size, -1
+    )
+    return tiles_GESD.expand(-1, count, -1, -1)
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -199,38 +246,26 @@ def _product(a_GAMD: Tensor, b_GADN: Tensor) -> Tensor:
     return products[0].unsqueeze(0) if heads == 1 else torch.stack(products)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Softmax:
-    """Running maximum, sum of exponentials and weighted values of each query head."""
+    """Maximum, sum of exponentials and weighted values of each query head over some tiles."""
 
     peak_GTQ1: Tensor
     total_GTQ1: Tensor
     acc_GTQV: Tensor
 
-    @staticmethod
-    def of_first(scores_GTQS: Tensor, v_GTSV: Tensor, channels: int) -> _Softmax:
-        peak = scores_GTQS.amax(-1, keepdim=True)
-        weights = torch.exp(scores_GTQS - peak)
+    def merged(self, tile: _Softmax) -> _Softmax:
+        """With the tile that follows. A tile always has a visible key, so peaks are finite."""
+        peak = torch.maximum(self.peak_GTQ1, tile.peak_GTQ1)
+        before, after = torch.exp(self.peak_GTQ1 - peak), torch.exp(tile.peak_GTQ1 - peak)
         return _Softmax(
-            peak_GTQ1=peak,
-            total_GTQ1=weights.sum(-1, keepdim=True),
-            acc_GTQV=_product(weights, v_GTSV)[..., :channels],
-        )
-
-    def extended(self, scores_GTQS: Tensor, v_GTSV: Tensor) -> _Softmax:
-        """With one more tile. A tile always has a visible key, so the new peak is finite."""
-        peak = torch.maximum(self.peak_GTQ1, scores_GTQS.amax(-1, keepdim=True))
-        shrink = torch.exp(self.peak_GTQ1 - peak)
-        weights = torch.exp(scores_GTQS - peak)
-        values = _product(weights, v_GTSV)[..., : self.acc_GTQV.shape[-1]]
-        return _Softmax(
-            peak_GTQ1=peak,
-            total_GTQ1=self.total_GTQ1 * shrink + weights.sum(-1, keepdim=True),
-            acc_GTQV=self.acc_GTQV * shrink + values,
+            peak,
+            self.total_GTQ1 * before + tile.total_GTQ1 * after,
+            self.acc_GTQV * before + tile.acc_GTQV * after,
         )
 
     def take(self, tokens_A: Tensor) -> _Softmax:
-        return _Softmax(**{name: x[:, tokens_A] for name, x in vars(self).items()})
+        return _Softmax(*(x[:, tokens_A] for x in vars(self).values()))
 
     def put(self, tokens_A: Tensor, part: _Softmax) -> None:
         for name, x in vars(self).items():
