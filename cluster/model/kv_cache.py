@@ -73,8 +73,8 @@ class KVCache:
         shape = (heads, num_blocks, block_size, channels)
 
         def layer() -> LayerCache:
-            keys = torch.zeros(shape, dtype=dtype)
-            return LayerCache(keys=keys, values=keys if is_latent else torch.zeros_like(keys))
+            keys = _claimed(shape, dtype)
+            return LayerCache(keys=keys, values=keys if is_latent else _claimed(shape, dtype))
 
         self.layers = tuple(layer() for _ in range(config.num_layers))
 
@@ -93,6 +93,12 @@ class KVCache:
             layer.keys.nbytes + (0 if layer.values is layer.keys else layer.values.nbytes)
             for layer in self.layers
         )
+
+
+def _claimed(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that are written: `torch.zeros` gets its pages only when a block is first used, and a host
+    with too little memory would end the process in the middle of serving instead of at its start."""
+    return torch.empty(shape, dtype=dtype).zero_()
 
 
 def _shape(config: ModelConfig, topology: Topology) -> tuple[int, int, bool]:

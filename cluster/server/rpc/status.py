@@ -38,13 +38,18 @@ async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: Request
     """End the call with the error's code and, where it may be retried, RetryInfo."""
     code = grpc.StatusCode[error.code]
     status = status_pb2.Status(code=code.value[0], message=error.message[:_MAX_MESSAGE_CHARS])
+    trailer = ()
     if error.retry_after_s is not None:
         fraction, seconds = math.modf(error.retry_after_s)
         delay = duration_pb2.Duration(seconds=int(seconds), nanos=int(fraction * 1e9))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
         trailer = rpc_status.to_status(status).trailing_metadata
+    try:
         await context.abort(code, status.message, trailer)
-    await context.abort(code, status.message)
+    except grpc.aio.InternalError as gone:
+        # The connection broke a moment ago, so there is nobody to tell; gRPC has not noticed yet, and
+        # would log this as an error of ours.
+        raise asyncio.CancelledError from gone
 
 
 def error_of(call: Any) -> RequestError:
