@@ -5,15 +5,16 @@ not known or not allowed is refused with the name of the field, the value, and w
 misspelt key is answered with the nearest one. Option names follow what vLLM users know.
 """
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, model_validator
 
+from cluster.config_reading import read_section, read_yaml
+from cluster.config_section import ConfigError as ConfigError  # what users of a configuration catch
+from cluster.config_section import Section
 from comms.dispatcher import CombineMode, WireDtype
 from comms.topology import Topology
 from experts.balance import SplitMode
@@ -22,23 +23,6 @@ Count = Annotated[int, Field(ge=1, le=1 << 20)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Imbalance = Annotated[float, Field(ge=1, le=1000)]
 """max / mean over ranks."""
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names each wrong field."""
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, no unknown keys, no silent conversion of types."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-        use_attribute_docstrings=True,
-    )
 
 
 class ParallelConfig(Section):
@@ -250,7 +234,7 @@ class PresetConfig(Section):
 
     system: Annotated[str, Field(min_length=1, max_length=65_536)]
     """The system message, put before the request's own messages if they have none."""
-    sampling: dict[str, Any] = {}
+    sampling: dict[str, Any] = Field(default={})
     """Defaults of SamplingParams for requests that do not set them."""
 
 
@@ -259,7 +243,7 @@ class ChatConfig(Section):
 
     template: str | None = None
     """File with a jinja2 template, or `plain` for a base model. None: the one in the checkpoint."""
-    presets: dict[str, PresetConfig] = {}
+    presets: dict[str, PresetConfig] = Field(default={})
     """Tasks by name (see below), besides the built-in ones; a name of those takes its place."""
 
 
@@ -301,6 +285,11 @@ class ServeConfig(Section):
     """Name that requests use. None: the directory's name."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights, activations and KV cache."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """What computes. cuda: one NVIDIA GPU for each rank (extra: gpu), in bfloat16; layouts of one rank."""
+    quantization: Literal["fp8"] | None = None
+    """Of large matrices, as they are loaded, with device cuda. fp8: e4m3 with one scale for each 128 x 128
+    weights, and for each 128 channels of what they are multiplied with."""
     max_model_len: Annotated[int, Field(ge=2, le=1 << 24)] | None = None
     """Longest prompt plus completion, in tokens. None: the checkpoint's own limit."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
@@ -327,6 +316,19 @@ class ServeConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_gpu_has_what_it_is_asked_for(self) -> Self:
+        if self.device == "cpu" and self.quantization is not None:
+            raise ValueError(f"quantization = {self.quantization!r} needs device = 'cuda'")
+        if self.device == "cuda" and self.dtype != "bfloat16":
+            raise ValueError(f"device = 'cuda' needs dtype = 'bfloat16', not {self.dtype!r}")
+        if self.device == "cuda" and self.parallel.world_size > 1:
+            raise ValueError(
+                "device = 'cuda' needs parallel.num_nodes = parallel.ranks_per_node = 1, "
+                f"not {self.parallel.num_nodes} x {self.parallel.ranks_per_node}"
+            )
+        return self
+
     @property
     def model_name(self) -> str:
         return self.served_model_name or Path(self.model).resolve().name
@@ -334,26 +336,12 @@ class ServeConfig(Section):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Self:
         """Validate nested values after applying `a.b=c` overrides (c is read as YAML)."""
-        tree = _copy_tree(values)
-        for override in overrides:
-            _apply_override(tree, override)
-        unknown = [_describe_unknown(key) for key in _unknown_keys(cls, tree)]
-        if unknown:
-            raise ConfigError("\n".join(unknown))
-        try:
-            return cls.model_validate(tree)
-        except ValidationError as error:
-            raise ConfigError("\n".join(_describe(cls, e) for e in error.errors())) from None
+        return read_section(cls, values, overrides)
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read a YAML file; raises ConfigError naming the file when it cannot be used."""
-        try:
-            values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a mapping of options, found {values!r:.100}")
+        values = read_yaml(path)
         try:
             return cls.from_dict(values, overrides)
         except ConfigError as error:
@@ -362,128 +350,3 @@ class ServeConfig(Section):
     def to_yaml(self) -> str:
         """Every option with the value in force; `from_yaml` of this text gives an equal config."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without repeated keys, of which plain YAML silently keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for idx, key in enumerate(keys):
-            if key in keys[:idx]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep=deep)
-
-
-def _copy_tree(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A section left empty in YAML (`parallel:`) reads as None and means its defaults."""
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        if value is None and section_of(ServeConfig, str(key)):
-            continue
-        tree[str(key)] = _copy_tree(value) if isinstance(value, Mapping) else value
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    path = key.strip().split(".")
-    if not equals or not all(path):
-        raise ConfigError(
-            f"override {override!r} is not of the form key=value or section.key=value"
-        )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"override {override!r}: {name} is a value, not a section")
-    tree[path[-1]] = value
-
-
-def section_of(section: type[Section], name: str) -> type[Section] | None:
-    """The class of an option that is itself a section, None of any other."""
-    field = section.model_fields.get(name)
-    kind = field.annotation if field else None
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
-
-
-def _unknown_keys(
-    section: type[Section], tree: Mapping[str, Any], prefix: str = ""
-) -> Iterator[str]:
-    for name, value in tree.items():
-        inner = section_of(section, name)
-        if name not in section.model_fields:
-            yield prefix + name
-        elif inner and isinstance(value, Mapping):
-            yield from _unknown_keys(inner, value, f"{prefix}{name}.")
-
-
-def _known_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
-    for name in section.model_fields:
-        inner = section_of(section, name)
-        if inner:
-            yield from _known_keys(inner, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def _describe_unknown(key: str) -> str:
-    """Prefer an option of the same last name (`max_num_seqs`), then the nearest spelling."""
-    known = [*ServeConfig.model_fields, *_known_keys(ServeConfig)]
-    leaf = key.rpartition(".")[2]
-    same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
-    near_leaf = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in known], 1, 0.75)
-    nearest = (
-        same_leaf
-        or difflib.get_close_matches(key, known, 1, 0.75)
-        or [k for k in known if near_leaf and k.rpartition(".")[2] == near_leaf[0]]
-        or difflib.get_close_matches(key, known, 1, 0.0)
-    )
-    return f"unknown key {key!r}: did you mean {nearest[0]!r}?"
-
-
-def _describe(config: type[Section], error: Any) -> str:
-    """One line for one of pydantic's errors: field, value, reason, allowed values."""
-    path = [str(part) for part in error["loc"]]
-    section: type[Section] = config
-    for name in path:
-        inner = section_of(section, name)
-        if inner is None:
-            break
-        section = inner
-    reason = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "missing":
-        return f"{'.'.join(path)}: this option is required"
-    if error["type"] == "value_error":
-        return f"{'.'.join(path)}: {reason}" if path else str(reason)
-    field = next((section.model_fields[p] for p in path if p in section.model_fields), None)
-    name = ".".join(p for p in path if p.isidentifier() and p not in ("int", "float", "str"))
-    if error["type"] == "literal_error":
-        return f"{name} = {error['input']!r:.100}: allowed are {error['ctx']['expected']}"
-    allowed = f" (allowed: {allowed_values(field)})" if field else ""
-    return f"{name} = {error['input']!r:.100}: {reason}{allowed}"
-
-
-def allowed_values(field: FieldInfo) -> str:
-    """The values that a field takes, in words: `'a' or 'b'`, `int, >= 1, <= 8, or null`."""
-    options: list[str] = []
-    annotation: Any = field.annotation
-    bounds = list(field.metadata)
-    if get_origin(annotation) is dict:
-        return "a map"
-    for kind in get_args(annotation) or (annotation,):
-        if isinstance(kind, type):
-            options.append("null" if kind is type(None) else kind.__name__)
-        elif hasattr(kind, "__metadata__"):
-            options.append(get_args(kind)[0].__name__)
-            bounds.extend(m for info in kind.__metadata__ for m in getattr(info, "metadata", ()))
-        else:
-            options.append(repr(kind))
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "length >="}
-    limits = [f"{s} {getattr(b, n)}" for b in bounds for n, s in signs.items() if hasattr(b, n)]
-    return ", ".join([" or ".join(options), *limits])

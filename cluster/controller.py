@@ -132,7 +132,7 @@ class Controller:
         check_resources(self._config)
         self._startup.begin(f"placing {self._topology.num_nodes} nodes on Ray")
         self._placement_group = placement_group(
-            [{"CPU": _cpus_per_node(self._config)}] * self._topology.num_nodes,
+            [_bundle(self._config)] * self._topology.num_nodes,
             strategy=self._config.ray.placement_strategy,
         )
         try:
@@ -143,6 +143,7 @@ class Controller:
             ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(Worker)  # type: ignore[call-overload]
             .options(
                 num_cpus=self._config.ray.cpus_per_rank,
+                num_gpus=_gpus_per_rank(self._config),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self._placement_group,
                     placement_group_bundle_index=self._topology.node_of(rank),
@@ -279,7 +280,12 @@ def check_resources(config: ServeConfig) -> None:
     total = ray.cluster_resources().get("CPU", 0.0)
     hosts = sum(node["Alive"] for node in ray.nodes())
     one_host_each = config.ray.placement_strategy == "STRICT_SPREAD"
-    if total < _cpus_per_node(config) * num_nodes or (one_host_each and hosts < num_nodes):
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if (
+        total < _cpus_per_node(config) * num_nodes
+        or gpus < config.parallel.world_size * _gpus_per_rank(config)
+        or (one_host_each and hosts < num_nodes)
+    ):
         raise NotEnoughResourcesError(_shortage(config))
 
 
@@ -293,11 +299,28 @@ def _cpus_per_node(config: ServeConfig) -> float:
     return config.parallel.ranks_per_node * config.ray.cpus_per_rank
 
 
+def _gpus_per_rank(config: ServeConfig) -> int:
+    """Ray hides all GPUs from a rank that asks for none."""
+    return 1 if config.device == "cuda" else 0
+
+
+def _bundle(config: ServeConfig) -> dict[str, float]:
+    """What a node of the layout takes of a host."""
+    gpus = config.parallel.ranks_per_node * _gpus_per_rank(config)
+    return {"CPU": _cpus_per_node(config), **({"GPU": float(gpus)} if gpus else {})}
+
+
 def _shortage(config: ServeConfig) -> str:
     parallel, placement = config.parallel, config.ray
     hosts = [f"{node['Resources'].get('CPU', 0):g}" for node in ray.nodes() if node["Alive"]]
     need = _cpus_per_node(config) * parallel.num_nodes
     free = ray.available_resources().get("CPU", 0.0)
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    wanted = parallel.world_size * _gpus_per_rank(config)
+    if wanted > gpus:
+        return (
+            f"device = cuda with {parallel.world_size} ranks needs {wanted} GPUs; Ray has {gpus:g}"
+        )
     return (
         f"the layout needs {parallel.num_nodes} nodes x {parallel.ranks_per_node} ranks x "
         f"ray.cpus_per_rank {placement.cpus_per_rank:g} = {need:g} CPUs placed by "

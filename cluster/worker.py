@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,9 @@ from comms.topology import Topology
 from comms.trace import Trace
 
 FLIP_TIMEOUT_S = 5.0
+NICENESS = 5
+"""Where the gateway shares its host with ranks, they would keep it waiting for milliseconds with every frame
+and every refusal, for the little processor time that it needs. Threads inherit it from the first."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,7 @@ class Worker:
     """
 
     def __init__(self, config: ServeConfig, topology: Topology, rank: int, keys: LinkKeys) -> None:
+        os.nice(NICENESS)
         logs.configure(config.observability, f"rank {rank}")
         self._config = config
         self._keys = keys

@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
-from cluster.config import PresetConfig, Section, ServeConfig, allowed_values, section_of
+from cluster.config import PresetConfig, ServeConfig
+from cluster.config_errors import allowed_values
+from cluster.config_section import Section, section_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 

@@ -1,7 +1,7 @@
 """How every way a cluster can end becomes one message and one exit code.
 
 0 done or stopped; 1 a running cluster failed; 2 a configuration or checkpoint that cannot be
-served; 3 the Ray cluster is too small.
+served; 3 there is no Ray, or its cluster is too small.
 """
 
 import signal
@@ -16,6 +16,7 @@ from cluster.controller import NotEnoughResourcesError
 from cluster.model.errors import CheckpointError, UnsupportedModelError
 from cluster.server.client import ClientError
 from cluster.server.tokenizer import TokenizerError
+from deploy.ray_connection import NoRayError
 
 UNUSABLE = (ConfigError, CheckpointError, UnsupportedModelError, TokenizerError)
 
@@ -32,7 +33,7 @@ def exit_code_of(action: Callable[[], None], *, interrupted: int) -> int:
     except UNUSABLE as error:
         print(error, file=sys.stderr)
         return 2
-    except NotEnoughResourcesError as error:
+    except (NoRayError, NotEnoughResourcesError) as error:
         print(error, file=sys.stderr)
         return 3
     except (RuntimeError, ClientError, ray.exceptions.RayError) as error:

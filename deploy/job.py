@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from cluster.config import ServeConfig
 
 _HOSTS_POLL_S = 1.0
+_FIX = (
+    "submit the job to a Ray cluster (`ray job submit`), or start one here with `ray start --head`"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides")
     options = parser.parse_args(arguments)
 
-    import ray
-
     from cluster import logs
     from deploy.exit_code import exit_code_of
+    from deploy.ray_connection import connect_to_ray
     from deploy.settings import load_config
 
     def run() -> None:
         config = load_config(options.config, options.overrides)
         logs.configure(config.observability, "job")
-        ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
+        connect_to_ray("auto", _FIX, log_to_driver=True, logging_level=logging.WARNING)
         serve(config)
 
     return exit_code_of(run, interrupted=0)

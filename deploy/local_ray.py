@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 import ray
 
+from deploy.ray_connection import no_ray
+
 TRIES = 2
 OBJECT_STORE_BYTES = 80 << 20  # we send small control messages only; Ray's minimum is 75 MiB
 
@@ -29,11 +31,13 @@ def local_ray(num_cpus: float, *, show_logs: bool = False) -> Iterator[Path]:
     """Start Ray with `num_cpus` logical CPUs and connect to it; on exit leave nothing behind.
 
     show_logs: write what the processes log, which would be lost with Ray's files, to our stderr. Yields the
-    directory; the logs are below its session_latest/logs.
+    directory; the logs are below its session_latest/logs. Raises NoRayError.
     """
     # The mode stays unset: Ray then turns token authentication on itself and reads our token.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would make our processes give way to all others (15), clients and their load among them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     directory = _start(num_cpus, show_logs)
     try:
         yield directory
@@ -44,7 +48,7 @@ def local_ray(num_cpus: float, *, show_logs: bool = False) -> Iterator[Path]:
 def _start(num_cpus: float, show_logs: bool) -> Path:
     """Ray gives itself 30 s, which a machine that is busy with others may not grant at the first try."""
     for tries_left in reversed(range(TRIES)):
-        directory = Path(tempfile.mkdtemp(prefix="expertmesh-"))
+        directory = _new_directory()
         try:
             ray.init(
                 address="local",
@@ -61,11 +65,28 @@ def _start(num_cpus: float, show_logs: bool) -> Path:
             if not isinstance(error, Exception):
                 raise
             if not tries_left:
-                raise RuntimeError(f"Ray does not start on this machine: {error}") from error
+                raise no_ray("Ray does not start on this machine", error, _fix(error)) from error
             logger.warning("Ray did not start (%s); trying once more", error)
         else:
             break
     return directory
+
+
+def _new_directory() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="expertmesh-"))
+    except OSError as error:
+        fix = "set TMPDIR to a directory with room"
+        raise no_ray("Ray does not start on this machine", error, fix) from error
+
+
+def _fix(error: Exception) -> str:
+    if "AF_UNIX" in str(error):  # whose paths the kernel limits
+        return "set TMPDIR to a shorter path"
+    return (
+        f"look for free memory and for room in {tempfile.gettempdir()}, or set RAY_ADDRESS to "
+        "HOST:PORT of a Ray that runs"
+    )
 
 
 def _remove(directory: Path) -> None:

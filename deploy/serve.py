@@ -5,14 +5,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import ray
-
 from cluster import logs
 from cluster.config import ServeConfig
 from deploy.exit_code import exit_code_of
 from deploy.job import serve
 from deploy.local_ray import local_ray
+from deploy.ray_connection import connect_to_ray
 from deploy.settings import load_config, read_config
+
+_FIX = "set RAY_ADDRESS to HOST:PORT of a Ray that runs (`ray start --head`), or unset it for a private one"
 
 
 def serve_command(path: Path | None, overrides: Sequence[str], *, print_only: bool) -> int:
@@ -24,8 +25,8 @@ def serve_command(path: Path | None, overrides: Sequence[str], *, print_only: bo
             return
         config = load_config(path, overrides)
         logs.configure(config.observability, "serve")
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level=logging.WARNING)
+        if address := os.environ.get("RAY_ADDRESS"):
+            connect_to_ray(address, _FIX, logging_level=logging.WARNING)
             serve(config)
             return
         with local_ray(cpus_for(config), show_logs=True):

@@ -6,19 +6,16 @@ process of its own, which can be ended. What came through once is not tried agai
 
 import asyncio
 import json
-import subprocess
-import sys
-import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from cluster.engine.constraint import Constraint
 from cluster.engine.guided import check_support
+from cluster.server.child_process import ChildError, ChildProcess, EndedError, TooSlowError
 from cluster.server.errors import Code, RequestError
 
 START_TIMEOUT_S: Final = 60.0
@@ -45,8 +42,7 @@ class ConstraintCheck:
         self._known: OrderedDict[Constraint, str | None] = OrderedDict()
         # Of its own: whoever waits here must not keep others from tokenizing.
         self._thread = ThreadPoolExecutor(1, "constraints")
-        self._connection: Connection | None = None
-        self._end: weakref.finalize[..., Any] | None = None
+        self._process: ChildProcess | None = None
 
     async def check(self, constraint: Constraint) -> None:
         """Raises RequestError with the reason why the constraint is refused."""
@@ -64,9 +60,8 @@ class ConstraintCheck:
 
     def close(self) -> None:
         """End the process, if it runs."""
-        if self._end:
-            self._end()
-        self._connection = None
+        if self._process:
+            self._process.close()
 
     def _try_once(self, constraint: Constraint) -> str | None:
         """What is wrong with it. Whoever waited for the same one need not have it tried again."""
@@ -79,46 +74,28 @@ class ConstraintCheck:
 
     def _try(self, constraint: Constraint) -> str | None:
         """What is wrong with it."""
+        process = self._running()
         try:
-            connection = self._connection or self._start()
-            connection.send_bytes(json.dumps(asdict(constraint)).encode())
-            if not connection.poll(self._time_limit_s):
-                self.close()
-                limit = f"{self._time_limit_s:g} s"
-                return f"constraint.{constraint.kind} takes longer than {limit} to compile"
-            error: str | None = json.loads(connection.recv_bytes()).get("error")
-            return error
-        except (OSError, EOFError):
-            self.close()
+            process.ask(json.dumps(asdict(constraint)).encode(), self._time_limit_s)
+        except TooSlowError as error:
+            return f"constraint.{constraint.kind} {error} to compile"
+        except EndedError:
             return f"constraint.{constraint.kind} is too large or too deep to compile"
+        except ChildError as error:
+            return str(error)
+        return None
 
-    def _start(self) -> Connection:
-        ours, theirs = Pipe()
-        with theirs:
-            arguments = [theirs.fileno(), MEMORY_MIB, *self._arguments]
-            process = subprocess.Popen(
-                # -I: neither the environment nor the working directory decides what is imported.
-                [sys.executable, "-I", str(_WORKER), *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
-        self._end = weakref.finalize(self, _end, process, ours)
-        if not ours.poll(START_TIMEOUT_S):
-            self.close()
-            raise RequestError(
-                Code.UNAVAILABLE,
-                f"the process that tries constraints did not start within {START_TIMEOUT_S:g} s",
-            )
-        if error := json.loads(ours.recv_bytes()).get("error"):
-            self.close()
-            raise RequestError(Code.FAILED_PRECONDITION, error)
-        self._connection = ours
-        return ours
-
-
-def _end(process: "subprocess.Popen[bytes]", connection: Connection) -> None:
-    connection.close()
-    process.kill()
-    process.wait()
+    def _running(self) -> ChildProcess:
+        """A process that tries constraints; raises RequestError."""
+        if self._process is None or self._process.ended:
+            try:
+                self._process = ChildProcess(
+                    _WORKER, MEMORY_MIB, *self._arguments, start_timeout_s=START_TIMEOUT_S
+                )
+            except (TooSlowError, EndedError, OSError) as error:
+                raise RequestError(
+                    Code.UNAVAILABLE, f"the process that tries constraints does not start: {error}"
+                ) from None
+            except ChildError as error:
+                raise RequestError(Code.FAILED_PRECONDITION, str(error)) from None
+        return self._process

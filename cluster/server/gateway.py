@@ -3,8 +3,8 @@
     validate -> reserve a place -> tokenize -> choose a replica -> events in, chunks out
 
 A replica is a cache: prompt, parameters, seed and tokens so far live here. A request ends in
-exactly one place, `_end`, for exactly one reason: it finished, its reader left, its deadline or
-its replica's silence ran out, or the cluster failed. Use everything from one event loop.
+exactly one place, `Endings.end`, for exactly one reason: it finished, its reader left, its deadline
+or its replica's silence ran out, or the cluster failed. Use everything from one event loop.
 """
 
 import asyncio
@@ -19,14 +19,15 @@ from tokenizers import Tokenizer
 from cluster.config import ServeConfig
 from cluster.engine.link_keys import LinkKeys
 from cluster.engine.sampling_params import SamplingParams
-from cluster.engine.sequence import TokenEvent
 from cluster.server import wire
 from cluster.server.admission import Admission
 from cluster.server.chat.template import ChatTemplate
 from cluster.server.choice import Choice
+from cluster.server.endings import Endings
 from cluster.server.errors import Code, RequestError
 from cluster.server.in_flight import InFlight
-from cluster.server.intake import CheckConstraint, Intake
+from cluster.server.intake import CheckConstraint, Draft, Intake
+from cluster.server.leader_events import LeaderEvents
 from cluster.server.leaders import LeaderLinks, Replica
 from cluster.server.observe.observer import NO_OBSERVER, Observer
 from cluster.server.pace import Pace
@@ -85,6 +86,9 @@ class Gateway:
             config.scheduler.max_num_queued_reqs, config.scheduler.max_num_queued_tokens
         )
         self._pace = Pace(config.server.retry_after_s)
+        self._endings = Endings(
+            self._requests, lambda idx: self._opened.replicas[idx], self._pace, observer
+        )
         self._failure: str | None = None
 
     # Life ---------------------------------------------------------------------------------------
@@ -92,9 +96,10 @@ class Gateway:
     async def start(self) -> str:
         """Open the inbox for leaders and return the address where they connect."""
         self._links = LeaderLinks(self._bind_host, self._keys)
+        events = self._leader_events()
         self._tasks = [
-            asyncio.create_task(self._receive(), name="gateway-receive"),
-            asyncio.create_task(self._watch_silence(), name="gateway-watch"),
+            asyncio.create_task(self._receive(events), name="gateway-receive"),
+            asyncio.create_task(events.watch_silence(), name="gateway-watch"),
         ]
         return self._links.address
 
@@ -114,7 +119,7 @@ class Gateway:
 
     def attach(self, replica: int, leader_address: str) -> None:
         """Connect to the leader of a replica; what an earlier leader of it was doing has failed."""
-        self._end_all_of(replica, f"replica {replica} was replaced")
+        self._endings.lose_all(f"replica {replica} was replaced", replica)
         self._admission.forget(replica)
         self._opened.attach(replica, leader_address)
 
@@ -138,7 +143,7 @@ class Gateway:
         cut_off = self._requests.all()
         for request in cut_off:
             message = f"the server is shutting down and waited {limit_s:g} s for this request"
-            self._end(request, error=RequestError(Code.UNAVAILABLE, message))
+            self._endings.end(request, error=RequestError(Code.UNAVAILABLE, message))
         return len(cut_off)
 
     async def stop(self) -> None:
@@ -185,13 +190,13 @@ class Gateway:
                 if chunk.usage:
                     return
         finally:
-            self._end(admitted, finish=Finish(reason=FinishReason.ABORT))
+            self._endings.end(admitted, finish=Finish(reason=FinishReason.ABORT))
 
     def abort(self, request_id: str) -> bool:
         """End one request with reason ABORT; False if no such request is in flight."""
         request = self._requests.get(request_id)
         if request:
-            self._end(request, finish=Finish(reason=FinishReason.ABORT))
+            self._endings.end(request, finish=Finish(reason=FinishReason.ABORT))
         return request is not None
 
     async def tokenize(
@@ -219,12 +224,21 @@ class Gateway:
         draft = self._intake.check(request)
         request_id = self._requests.reserve(request.request_id, request.n)
         try:
-            prompt, params = await self._intake.read(request, draft)
+            prompt, params = await self._read(request, draft)
             self._requests.charge(request_id, len(prompt.token_ids))
             self._check_open()  # the world may have ended meanwhile
             return self._send(request, request_id, prompt, params, arrived)
         finally:
             self._requests.release(request_id)
+
+    async def _read(
+        self, request: GenerationRequest, draft: Draft
+    ) -> tuple[Prompt, SamplingParams]:
+        try:
+            async with asyncio.timeout(request.deadline_s):
+                return await self._intake.read(request, draft)
+        except TimeoutError:
+            raise _late(request) from None
 
     def _check_open(self) -> None:
         if self._failure is not None:
@@ -273,7 +287,7 @@ class Gateway:
         replica.in_flight += len(choices)
         if left_s < math.inf:
             admitted.deadline = asyncio.get_running_loop().call_later(
-                left_s, lambda: self._end(admitted, error=_late(request))
+                left_s, lambda: self._endings.end(admitted, error=_late(request))
             )
         for other in self.replicas:
             if other is not replica:
@@ -298,123 +312,23 @@ class Gateway:
         self._admission.sent(wanted, prompt.token_ids, salt)
         return self._opened.replicas[wanted]
 
-    def _end(
-        self,
-        request: InFlight,
-        *,
-        finish: Finish | None = None,
-        error: RequestError | None = None,
-        tell_engine: bool = True,
-    ) -> None:
-        """The one end of a request, with all of its choices; later calls for it do nothing."""
-        if not self._requests.remove(request):
-            return
-        if request.deadline:
-            request.deadline.cancel()
-        replica = self._opened.replicas[request.info.replica]
-        for choice in request.choices:
-            if choice.finish is None:
-                replica.in_flight -= 1
-                if tell_engine:
-                    self._cut_off(replica, choice)
-                if finish:
-                    request.finish(choice, finish)
-        if error:
-            request.fail(error)
-        self._pace.ended(time.monotonic())
-        self._observer.ended(request, error.code.value if error else request.outcome)
+    # Ends ---------------------------------------------------------------------------------------
 
-    def _finish(self, request: InFlight, choice: Choice, finish: Finish, tell_engine: bool) -> None:
-        """The end of one choice, and of the request with the last of them."""
-        replica = self._opened.replicas[request.info.replica]
-        replica.in_flight -= 1
-        if tell_engine:
-            self._cut_off(replica, choice)
-        request.finish(choice, finish)
-        if request.all_finished:
-            self._end(request)
-
-    def _cut_off(self, replica: Replica, choice: Choice) -> None:
-        replica.send_later(wire.pack_abort(choice.engine_id))
-        self._requests.cut_off(choice.engine_id)
-
-    def _close(self, reason: str) -> None:
-        self._failure = self._failure or reason
-        self.readiness.set(False)
-        for request in self._requests.all():
-            self._end(request, error=_lost(request, reason), tell_engine=False)
-
-    def _end_all_of(self, replica: int, reason: str) -> None:
-        for request in self._requests.all():
-            if request.info.replica == replica:
-                self._end(request, error=_lost(request, reason), tell_engine=False)
-
-    # Events of the leaders ----------------------------------------------------------------------
-
-    async def _receive(self) -> None:
+    async def _receive(self, events: LeaderEvents) -> None:
         try:
-            async for frame in self._opened.frames():
-                replica = self._opened.replicas[frame.replica]
-                replica.suspect = False
-                self._observer.heard(replica, frame)
-                now = time.monotonic()
-                for event in frame.events:
-                    self._on_event(frame.replica, event, now)
+            await events.receive()
         except Exception as error:
             logger.exception("the gateway's receive loop ended")
             self.fail(f"the gateway cannot receive from the replicas: {error!r}")
 
-    def _on_event(self, replica: int, event: TokenEvent, now: float) -> None:
-        request, choice = self._requests.choice(event.request_id) or (None, None)
-        if request is None or choice is None or choice.finish or request.info.replica != replica:
-            return  # ended here before the engine learned of it
-        if event.error is not None:
-            failed = RequestError(Code.INTERNAL, f"the engine failed this request: {event.error}")
-            if event.finish_reason == "refused":
-                failed = RequestError(Code.INVALID_ARGUMENT, event.error)
-            # What goes on there, itself or its other choices, must be told to end.
-            goes_on = event.finish_reason is None or request.num_choices > 1
-            self._end(request, error=failed, tell_engine=goes_on)
-            return
-        try:
-            finish = request.accept(choice, event)
-        except Exception as error:
-            logger.exception(
-                "cannot take in an event of its engine", extra={"request_id": event.request_id}
-            )
-            self._end(request, error=RequestError(Code.INTERNAL, f"bad engine output: {error}"))
-            return
-        request.last_heard = now
-        if event.token_id is not None:
-            self._observer.progressed(request, 1, request.clock(choice, now))
-        limit = self.config.server.max_buffered_tokens
-        if finish:
-            self._finish(request, choice, finish, tell_engine=event.finish_reason is None)
-        elif request.num_unread > limit:
-            message = f"the client left more than max_buffered_tokens = {limit} tokens unread"
-            self._end(request, error=RequestError(Code.RESOURCE_EXHAUSTED, message))
+    def _close(self, reason: str) -> None:
+        self._failure = self._failure or reason
+        self.readiness.set(False)
+        self._endings.lose_all(reason)
 
-    async def _watch_silence(self) -> None:
-        """Fails requests that nobody answers any more, and retries aborts that found no room."""
-        limit_s = self.config.server.replica_timeout_s
-        while True:
-            await asyncio.sleep(min(0.5, limit_s / 4))
-            now = time.monotonic()
-            for replica in self.replicas:
-                replica.flush()
-                if now - replica.last_heard > limit_s and not replica.suspect:
-                    replica.suspect = True
-                    logger.warning("%s has sent nothing for %g s", replica, limit_s)
-            for request in self._requests.all():
-                replica = self._opened.replicas[request.info.replica]
-                # A busy replica may keep a request waiting; one that says it is idle has lost it.
-                idle = replica.stats.running + replica.stats.waiting == 0
-                heard = request.last_heard
-                if not idle:
-                    heard = max(heard, replica.last_heard)
-                if now - heard > limit_s:
-                    reason = f"{replica} has sent nothing for this request for {limit_s:g} s"
-                    self._end(request, error=_lost(request, reason))
+    def _leader_events(self) -> LeaderEvents:
+        server = self.config.server
+        return LeaderEvents(self._opened, self._requests, self._endings, self._observer, server)
 
     @property
     def _opened(self) -> LeaderLinks:
@@ -443,11 +357,3 @@ def _add_frame(request: GenerationRequest, prompt: Prompt, choice: Choice) -> by
 
 def _late(request: GenerationRequest) -> RequestError:
     return RequestError(Code.DEADLINE_EXCEEDED, f"not finished within {request.deadline_s:.3f} s")
-
-
-def _lost(request: InFlight, reason: str) -> RequestError:
-    """ABORTED once tokens were seen, UNAVAILABLE before: both may be tried again."""
-    num_tokens = request.num_completion_tokens
-    if num_tokens:
-        return RequestError(Code.ABORTED, f"{reason}; {num_tokens} tokens had been generated")
-    return RequestError(Code.UNAVAILABLE, reason)

@@ -9,23 +9,20 @@ import hashlib
 import hmac
 import ipaddress
 import ssl
-import stat
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import grpc
 
 from cluster.config import ConfigError, ServerConfig
+from cluster.server.certificate import (
+    CertificateOnDisk,
+    CurrentContext,
+    TlsFiles,
+    grpc_credentials,
+    read_certificate,
+)
 from cluster.server.errors import Code, RequestError
-
-
-class TlsFiles(NamedTuple):
-    """Paths of PEM files that have been read and belong together."""
-
-    cert: str
-    key: str
-    client_ca: str | None
+from cluster.server.secret_files import read_secret
 
 
 @dataclass(frozen=True)
@@ -60,12 +57,12 @@ class Credentials:
         """None: plain text."""
         if self.tls_files is None:
             return None
-        cert, key, client_ca = self.tls_files
-        return grpc.ssl_server_credentials(
-            [(Path(key).read_bytes(), Path(cert).read_bytes())],
-            root_certificates=Path(client_ca).read_bytes() if client_ca else None,
-            require_client_auth=client_ca is not None,
-        )
+        return grpc_credentials(CertificateOnDisk(self.tls_files))
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext | None:
+        """For servers of asyncio; None: plain text."""
+        return CurrentContext(CertificateOnDisk(self.tls_files)) if self.tls_files else None
 
     def check_user(self, authorization: str | bytes | None) -> None:
         """`authorization` is what the client sent in metadata or header of that name."""
@@ -131,7 +128,7 @@ def _digest(token: bytes) -> bytes:
 def _read_tokens(option: str, path: str | None) -> tuple[bytes, ...]:
     if path is None:
         return ()
-    tokens = [line.strip() for line in _read_secret(option, path).splitlines() if line.strip()]
+    tokens = [line.strip() for line in read_secret(option, path).splitlines() if line.strip()]
     if not tokens:
         raise ConfigError(f"server.{option} = {path!r}: the file holds no token")
     for number, token in enumerate(tokens, 1):
@@ -143,7 +140,7 @@ def _read_tokens(option: str, path: str | None) -> tuple[bytes, ...]:
 
 
 def _read_tls(config: ServerConfig) -> TlsFiles | None:
-    """Checked as the TLS library will use them: certificate and key belong together."""
+    """Their names, once they have been read and checked."""
     cert, key, client_ca = config.tls_cert_file, config.tls_key_file, config.tls_client_ca_file
     if cert is None or key is None:
         alone = [n for n in ("cert", "key", "client_ca") if getattr(config, f"tls_{n}_file")]
@@ -153,42 +150,6 @@ def _read_tls(config: ServerConfig) -> TlsFiles | None:
                 "server.tls_key_file, both"
             )
         return None
-    _read("tls_cert_file", cert)
-    _read_secret("tls_key_file", key)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # A key with a passphrase would make the library ask for it on the terminal.
-        context.load_cert_chain(cert, key, password="")
-    except (ssl.SSLError, ValueError) as error:
-        raise ConfigError(
-            f"server.tls_cert_file = {cert!r}, server.tls_key_file = {key!r}: no PEM certificate "
-            f"with its unencrypted key: {error}"
-        ) from None
-    if client_ca is not None:
-        _read("tls_client_ca_file", client_ca)
-        try:
-            context.load_verify_locations(client_ca)
-        except ssl.SSLError as error:
-            raise ConfigError(
-                f"server.tls_client_ca_file = {client_ca!r}: no PEM certificates: {error}"
-            ) from None
-    return TlsFiles(cert, key, client_ca)
-
-
-def _read_secret(option: str, path: str) -> bytes:
-    """A file that every user of this host can read keeps no secret."""
-    content = _read(option, path)
-    if stat.S_IMODE(Path(path).stat().st_mode) & stat.S_IRWXO:
-        raise ConfigError(
-            f"server.{option} = {path!r}: every user of this host has access: `chmod o= {path}`"
-        )
-    return content
-
-
-def _read(option: str, path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"server.{option} = {path!r}: cannot be read: {error.strerror or error}"
-        ) from None
+    files = TlsFiles(cert, key, client_ca)
+    read_certificate(files)
+    return files

@@ -8,15 +8,13 @@ would take; it gets the number of threads with which it is fastest here.
 from __future__ import annotations
 
 import os
-import signal
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from time import perf_counter
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from simulations.bench.helper_process import HelperError, HelperProcess
 
 _WARM_UP_TOKENS = 4
 _TIMEOUT_S = 600.0
@@ -38,41 +36,16 @@ def missing() -> str | None:
     return None
 
 
-class TransformersProcess:
+class TransformersProcess(HelperProcess):
     """`tokens_per_s` of batches; use it as a context. It does nothing while it is not asked."""
 
     def __init__(self, model_dir: str, dtype: str) -> None:
-        context = get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, model_dir, dtype), daemon=True)
-        self._process.start()
-        theirs.close()
+        super().__init__("transformers", _serve, model_dir, dtype)
 
     def tokens_per_s(self, batch: Batch, num_threads: int) -> float:
-        """Tokens of all sequences, prefill included. Raises RuntimeError if it fails."""
-        self._pipe.send((batch, num_threads))
-        if not self._pipe.poll(_TIMEOUT_S):
-            raise RuntimeError(f"transformers did not generate {batch} within {_TIMEOUT_S:g} s")
-        try:
-            answer = self._pipe.recv()
-        except (EOFError, ConnectionResetError):
-            raise RuntimeError("the process of transformers died") from None
-        if isinstance(answer, str):
-            raise RuntimeError(answer)
-        return float(answer)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._pipe.close()
-        self._process.terminate()
-        self._process.join()
+        """Tokens of all sequences, prefill included. Raises HelperError if it fails."""
+        self.send((batch, num_threads))
+        return float(self.receive(_TIMEOUT_S))
 
 
 def thread_counts() -> tuple[int, ...]:
@@ -81,20 +54,18 @@ def thread_counts() -> tuple[int, ...]:
 
 
 def _serve(pipe: Connection, model_dir: str, dtype: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
-    with suppress(EOFError, BrokenPipeError):
-        try:
-            model = _load(model_dir, dtype)
-        except Exception as error:  # noqa: BLE001 - the parent says it
-            pipe.recv()
-            pipe.send(f"transformers cannot load {model_dir}: {error!r}")
-            return
-        while True:
-            batch, num_threads = pipe.recv()
-            _generate(model, batch, num_threads, _WARM_UP_TOKENS)
-            start = perf_counter()
-            _generate(model, batch, num_threads, batch.output_tokens)
-            pipe.send(batch.size * batch.output_tokens / (perf_counter() - start))
+    try:
+        model = _load(model_dir, dtype)
+    except Exception as error:  # noqa: BLE001 - the parent says it
+        pipe.recv()
+        pipe.send(HelperError(f"transformers cannot load {model_dir}: {error!r}"))
+        return
+    while True:
+        batch, num_threads = pipe.recv()
+        _generate(model, batch, num_threads, _WARM_UP_TOKENS)
+        start = perf_counter()
+        _generate(model, batch, num_threads, batch.output_tokens)
+        pipe.send(batch.size * batch.output_tokens / (perf_counter() - start))
 
 
 def _load(model_dir: str, dtype: str) -> Any:

@@ -22,8 +22,10 @@ from deploy.doctor.checks import examine
 from deploy.doctor.gather import gather
 from deploy.doctor.situation import Finding
 from deploy.json_file import write_json
+from deploy.ray_connection import NoRayError, connect_to_ray
 from deploy.settings import read_config
 
+_FIX = "start one with `ray start --head`, run this on one of its hosts, or give --address"
 _COLORS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
@@ -36,13 +38,9 @@ def doctor_command(
         print(error, file=sys.stderr)
         return 2
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        print(
-            f"no Ray cluster at {address!r}: {str(error).strip().splitlines()[0]}\n"
-            "start one with `ray start --head`, run this on one of its hosts, or give --address",
-            file=sys.stderr,
-        )
+        connect_to_ray(address, _FIX, logging_level=logging.ERROR, log_to_driver=False)
+    except NoRayError as error:
+        print(error, file=sys.stderr)
         return 1
     try:
         findings = examine(gather(config))

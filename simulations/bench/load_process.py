@@ -1,7 +1,7 @@
 """A load generator in a process of its own, so that measuring costs the measured as little as it can.
 
-It runs niced: on a machine that it shares with the server it gets what the server leaves. Its processor
-time is part of every result, for that is what the server did not get.
+It runs niced, as ranks are: on a machine that it shares with them the gateway goes first. Its processor time
+is part of every result, for that is what the server did not get.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from time import process_time
-from types import TracebackType
-from typing import Self
 
 from cluster.server.client import AsyncClient, Client
+from simulations.bench.helper_process import HelperError, HelperProcess
 from simulations.bench.load_client import Tally, send_load
 from simulations.bench.serving_load import Load, Planned
 from simulations.bench.serving_outcomes import Outcome
@@ -27,6 +24,7 @@ from simulations.bench.serving_outcomes import Outcome
 NICENESS = 5
 _PROGRESS_S = 0.25
 _STOP_S = 20.0
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,7 @@ class Sent:
     interrupted: bool = False
 
 
-class LoadError(RuntimeError):
-    """The generator itself failed; the message says how."""
-
-
-class LoadProcess:
+class LoadProcess(HelperProcess):
     """Sends loads to one endpoint, one after the other; use it as a context.
 
     Raises ClientError where nobody answers there.
@@ -63,13 +57,9 @@ class LoadProcess:
         with Client(endpoint) as client:
             model = client.model_info()
         self._vocab_size, self._max_model_len = model.vocab_size, model.max_model_len
-        context = get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_generate, args=(theirs, endpoint, niceness), daemon=True
+        super().__init__(
+            "the load generator", _generate, endpoint, niceness, patience_s=_PATIENCE_S
         )
-        self._process.start()
-        theirs.close()  # so that a process that dies ends its pipe
 
     def run(
         self,
@@ -81,59 +71,26 @@ class LoadProcess:
         """Send all requests of the load, or the `first` so many of them.
 
         Ctrl-C ends it early and keeps what there is: see `Sent.interrupted`. Raises ValueError for a
-        load that does not fit the model, LoadError if the generator fails.
+        load that does not fit the model, HelperError if the generator fails.
         """
-        self._pipe.send((load, load.plan(self._vocab_size, self._max_model_len)[:first]))
+        self.send((load, load.plan(self._vocab_size, self._max_model_len)[:first]))
         interrupted = False
         while True:
             try:
-                answer = self._answer(_STOP_S if interrupted else None)
+                answer = self.receive(_STOP_S if interrupted else None)
                 if isinstance(answer, Sent):
                     return answer
                 show(answer)
             except KeyboardInterrupt:
                 interrupted = True
-                self._pipe.send(None)
-
-    def _answer(self, timeout_s: float | None) -> Progress | Sent:
-        if timeout_s is not None and not self._pipe.poll(timeout_s):
-            raise LoadError(f"the load generator did not stop within {timeout_s:g} s")
-        try:
-            answer = self._pipe.recv()
-        except (EOFError, ConnectionResetError):
-            raise LoadError("the load generator died") from None
-        if isinstance(answer, str):
-            raise LoadError(answer)
-        assert isinstance(answer, Progress | Sent)
-        return answer
-
-    def close(self) -> None:
-        self._pipe.close()
-        self._process.join(5)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+                self.send(None)
 
 
 def _generate(pipe: Connection, endpoint: str, niceness: int) -> None:
     """What the process does until its pipe ends."""
-    # Ctrl-C reaches the whole process group, but only the parent knows what to keep.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(niceness)
     gc.freeze()
-    with suppress(EOFError, BrokenPipeError):
-        asyncio.run(_send_all(pipe, endpoint))
+    asyncio.run(_send_all(pipe, endpoint))
 
 
 async def _send_all(pipe: Connection, endpoint: str) -> None:
@@ -145,7 +102,7 @@ async def _send_all(pipe: Connection, endpoint: str) -> None:
             try:
                 pipe.send(await _send(pipe, client, *task))
             except Exception as error:  # noqa: BLE001 - the parent says it
-                pipe.send(f"the load generator failed: {error!r}")
+                pipe.send(HelperError(f"the load generator failed: {error!r}"))
 
 
 async def _send(pipe: Connection, client: AsyncClient, load: Load, planned: list[Planned]) -> Sent:

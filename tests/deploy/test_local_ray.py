@@ -6,6 +6,7 @@ import pytest
 import ray
 
 from deploy.local_ray import local_ray
+from deploy.ray_connection import NoRayError
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def directories(monkeypatch):
 
 def test_a_ray_that_does_not_start(directories, caplog):
     with (
-        pytest.raises(RuntimeError, match="Ray does not start on this machine: The current node"),
+        pytest.raises(NoRayError, match="Ray does not start on this machine: The current node"),
         local_ray(1),
     ):
         raise AssertionError("there is none")

@@ -1,6 +1,7 @@
 """A real cluster on a real Ray, asked by real clients over real sockets."""
 
 import math
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,9 +14,10 @@ from tokenizers import Tokenizer
 
 from cluster.server.client import Client
 from cluster.server.errors import Code, RequestError
+from cluster.worker import NICENESS
 from deploy.settings import BUNDLED_MODELS
 from tests.deploy.conftest import START_TIMEOUT_S
-from tests.deploy.processes import EXPERTMESH, Traces, running
+from tests.deploy.processes import EXPERTMESH, Command, Traces, running
 
 PROMPT = "It was a bright cold morning, and"
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
@@ -44,6 +46,20 @@ def test_text_is_what_the_tokenizer_says(client: Client) -> None:
     prompt_ids = tokenizer.encode(PROMPT).ids
     everything = tokenizer.decode(prompt_ids + list(answer.token_ids))
     assert everything == tokenizer.decode(prompt_ids) + answer.text
+
+
+def test_ranks_give_way_to_the_gateway(client: Client, served: Command) -> None:
+    client.generate(PROMPT, max_tokens=1)
+    ours = [psutil.Process(served.process.pid), *psutil.Process(served.process.pid).children(True)]
+
+    def niceness(title: str) -> set[int]:
+        """Of the thread of each process that has computed most."""
+        found = [process for process in ours if "".join(process.cmdline()[:1]).startswith(title)]
+        busiest = [max(p.threads(), key=lambda thread: thread.user_time).id for p in found]
+        return {os.getpriority(os.PRIO_PROCESS, thread) for thread in busiest}
+
+    assert niceness("ray::Controller") == {ours[0].nice()}
+    assert niceness("ray::Worker") == {min(19, ours[0].nice() + NICENESS)}
 
 
 def test_same_request_same_tokens_in_any_company(client: Client) -> None:

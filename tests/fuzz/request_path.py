@@ -116,7 +116,9 @@ class RequestPath:
         self._gateway._links = _Links(self._mailbox)
         self._gateway.set_ready(True)
         self._leader = self._make_leader()
-        self._receiving = self._loop.create_task(self._gateway._receive())
+        self._receiving = self._loop.create_task(
+            self._gateway._receive(self._gateway._leader_events())
+        )
         self._expected = self._loop.run_until_complete(self._alone())
 
     def close(self) -> None:

@@ -49,6 +49,7 @@ class Serving:
         tokenizer,
         make_rebalancer=None,
         check_constraint=None,
+        observer=None,
     ):
         self.config = ServeConfig.from_dict(
             {
@@ -62,6 +63,7 @@ class Serving:
         self.rebalancer = None
         self._make_rebalancer = make_rebalancer
         self._check_constraint = check_constraint
+        self._observer = observer
         self._credentials = Credentials.load(self.config.server)
         self._template = ChatTemplate.load(self.config.model, self.config.chat)
         self.leaders = [
@@ -86,7 +88,7 @@ class Serving:
             self.config,
             self.tokenizer,
             model,
-            observer=self.observability.observer,
+            observer=self._observer or self.observability.observer,
             chat=self._template,
             check_constraint=self._check_constraint,
         )
@@ -156,15 +158,23 @@ def serve(
     with_tokenizer=True,
     make_rebalancer=None,
     check_constraint=None,
+    observer=None,
 ):
     """`make_rebalancer(eplb_config, gateway)`, where given, answers for the experts.
 
     With the override chat.template=plain it takes chats, with server.http_port=0 it has a `url`; only
-    this asks for tokens.
+    this asks for tokens. `observer` takes the place of all that observe otherwise.
     """
     tokenizer = byte_level_tokenizer() if with_tokenizer else None
     serving = Serving(
-        overrides, num_replicas, step_s, eos, tokenizer, make_rebalancer, check_constraint
+        overrides,
+        num_replicas,
+        step_s,
+        eos,
+        tokenizer,
+        make_rebalancer,
+        check_constraint,
+        observer,
     )
     serving.start(ready)
     try:

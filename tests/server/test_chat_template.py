@@ -308,10 +308,10 @@ class TestHostile:
         """The limit is of one rendering; a process is started once, not for each."""
         template = ChatTemplate(QWEN3, {}, {})
         template.render(chat(CONVERSATION))
-        process = template._process._connection
+        process = template._process._process
         begun = time.monotonic()
         for _ in range(200):
             template.render(chat(CONVERSATION))
-        assert template._process._connection is process
+        assert template._process._process is process
         assert time.monotonic() - begun < 20
         template.close()

@@ -39,8 +39,7 @@ class Blind(Observer):
 
 def test_a_request_is_admitted_then_progresses_then_ends():
     notes = []
-    with serve() as serving:
-        serving.gateway._observer = Observers([Broken(), Noting(notes), Blind()])
+    with serve(observer=Observers([Broken(), Noting(notes), Blind()])) as serving:
         answer = serving.client.generate([5], max_tokens=3, ignore_eos=True, request_id="r")
         assert len(answer.token_ids) == 3
     assert notes == [

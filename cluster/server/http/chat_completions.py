@@ -1,28 +1,21 @@
 """POST /v1/chat/completions."""
 
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from cluster.engine.sequence import TokenLogprob
 from cluster.server.errors import Code, RequestError
 from cluster.server.gateway import Gateway
-from cluster.server.http.answer import Answer, Choice, Usages, ending
+from cluster.server.http.answer import Answer, Choice, PromptAnswer, Usages, ending
+from cluster.server.http.completion_call import CompletionCall
 from cluster.server.http.logprobs import chat_logprobs, prompt_logprobs
 from cluster.server.http.models import ChatCompletionBody
-from cluster.server.http.requests import (
-    chat_of,
-    includes_usage,
-    model_and_preset,
-    requests_for,
-    sampling_of,
-)
-from cluster.server.http.streams import EventStream, unless_reader_leaves
-from cluster.server.request import Chunk
+from cluster.server.http.requests import chat_of, model_and_preset, sampling_of
+from cluster.server.request import Chat, Chunk
 from cluster.server.tokenizer import TokenTexts
 
 Json = dict[str, Any]
@@ -33,35 +26,16 @@ def chat_routes(gateway: Gateway, texts: TokenTexts) -> APIRouter:
 
     @routes.post("/v1/chat/completions")
     async def chat(body: ChatCompletionBody, request: Request) -> Response:
-        completion = _ChatCompletion(gateway, texts, body, request)
-        if body.stream:
-            answer = await completion.begin()
-            return EventStream(completion.events(answer), answer)
-        return JSONResponse(await unless_reader_leaves(request.receive, completion.whole()))
+        _check(body)
+        return await _ChatCompletion(gateway, texts, body, request).response()
 
     return routes
 
 
-class _ChatCompletion:
-    """One call: its body, and how its answer is written."""
+class _ChatCompletion(CompletionCall[ChatCompletionBody]):
+    kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(
-        self, gateway: Gateway, texts: TokenTexts, body: ChatCompletionBody, request: Request
-    ) -> None:
-        _check(body)
-        self._gateway = gateway
-        self._texts = texts
-        self._body = body
-        self._request = request
-        self._num_choices = 1 if body.n is None else body.n
-        self._head = {
-            "id": f"chatcmpl-{request.state.request_id}",
-            "created": int(time.time()),
-            "model": body.model or gateway.model.name,
-        }
-
-    async def begin(self) -> Answer:
-        """Raises RequestError if the chat is refused."""
+    def _asked(self) -> tuple[list[Chat], str | None, Json]:
         body = self._body
         model, preset = model_and_preset(body.model, body.preset, self._gateway.model.name)
         chat = chat_of(body.messages, preset, body.add_generation_prompt, body.chat_template_kwargs)
@@ -70,35 +44,26 @@ class _ChatCompletion:
             sampling["logprobs"] = body.top_logprobs or 0
         if body.max_completion_tokens is not None:
             sampling["max_tokens"] = body.max_completion_tokens
-        requests = requests_for(self._request, body, [chat], model, sampling)
-        return await Answer.begin(self._gateway, requests)
+        return [chat], model, sampling
 
-    async def whole(self) -> Json:
-        async with aclosing(await self.begin()) as answer:
-            answers, usages = await answer.collect(self._num_choices)
-        choices = [self._whole_choice(idx, c) for idx, c in enumerate(answers[0].choices)]
-        head = {**self._head, "object": "chat.completion"}
-        whole = {**head, "choices": choices, "usage": usages.body()}
+    async def _answered(self, answers: Sequence[PromptAnswer]) -> Json:
+        (found,) = answers
+        answer: Json = {"choices": [self._choice(i, c) for i, c in enumerate(found.choices)]}
         if self._body.prompt_logprobs is not None:
-            whole["prompt_logprobs"] = prompt_logprobs(self._texts, answers[0].prompt_logprobs)
-        return whole
+            answer["prompt_logprobs"] = prompt_logprobs(self._texts, found.prompt_logprobs)
+        return answer
 
-    async def events(self, answer: Answer) -> AsyncGenerator[Json, None]:
-        usages = Usages()
-        usage = {"usage": None} if includes_usage(self._body) else {}
-        head = {**self._head, "object": "chat.completion.chunk"}
+    async def _pieces(self, answer: Answer, usages: Usages) -> AsyncGenerator[Json, None]:
         for idx in range(self._num_choices):
             first = {"index": idx, "delta": {"role": "assistant", "content": ""}}
-            yield {**head, "choices": [first | _UNFINISHED], **usage}
+            yield first | _UNFINISHED
         async with aclosing(answer.chunks()) as chunks:
             async for _, chunk in chunks:
                 usages.add(chunk.usage)
                 if chunk.text or chunk.finish or chunk.logprobs or self._body.return_token_ids:
-                    yield {**head, "choices": [self._delta(chunk)], **usage}
-        if usage:
-            yield {**head, "choices": [], "usage": usages.body()}
+                    yield self._delta(chunk)
 
-    def _whole_choice(self, index: int, choice: Choice) -> Json:
+    def _choice(self, index: int, choice: Choice) -> Json:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
         return {
             "index": index,
@@ -120,9 +85,6 @@ class _ChatCompletion:
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
         return chat_logprobs(self._texts, logprobs) if self._body.logprobs and logprobs else None
 
-    def _token_ids(self, token_ids: Sequence[int]) -> Json:
-        return {"token_ids": list(token_ids)} if self._body.return_token_ids else {}
-
 
 _UNFINISHED = {"logprobs": None, "finish_reason": None}
 
@@ -130,7 +92,3 @@ _UNFINISHED = {"logprobs": None, "finish_reason": None}
 def _check(body: ChatCompletionBody) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError(Code.INVALID_ARGUMENT, "top_logprobs needs logprobs: set it to true")
-    if body.stream and body.prompt_logprobs is not None:
-        raise RequestError(
-            Code.INVALID_ARGUMENT, "prompt_logprobs are not streamed: set stream to false"
-        )

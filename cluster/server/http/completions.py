@@ -1,21 +1,20 @@
 """POST /v1/completions."""
 
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple, cast
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from cluster.engine.sequence import TokenLogprob
 from cluster.server.errors import Code, RequestError, invalid
 from cluster.server.gateway import Gateway
-from cluster.server.http.answer import Answer, Choice, Usages, ending
+from cluster.server.http.answer import Answer, Choice, PromptAnswer, Usages, ending
+from cluster.server.http.completion_call import CompletionCall
 from cluster.server.http.logprobs import CompletionLogprobs, prompt_logprobs
 from cluster.server.http.models import CompletionBody
-from cluster.server.http.requests import includes_usage, requests_for, sampling_of
-from cluster.server.http.streams import EventStream, unless_reader_leaves
+from cluster.server.http.requests import sampling_of
 from cluster.server.request import Finish
 from cluster.server.tokenizer import TokenTexts
 
@@ -27,49 +26,31 @@ def completion_routes(gateway: Gateway, texts: TokenTexts) -> APIRouter:
 
     @routes.post("/v1/completions")
     async def complete(body: CompletionBody, request: Request) -> Response:
-        completion = _Completion(gateway, texts, body, request)
-        if body.stream:
-            answer = await completion.begin()
-            return EventStream(completion.events(answer), answer)
-        return JSONResponse(await unless_reader_leaves(request.receive, completion.whole()))
+        _check(body)
+        return await _Completion(gateway, texts, body, request).response()
 
     return routes
 
 
-class _Completion:
-    """One call: its body, and how its answer is written."""
+class _Completion(CompletionCall[CompletionBody]):
+    kind, chunk_kind, id_prefix = "text_completion", "text_completion", "cmpl"
 
     def __init__(
         self, gateway: Gateway, texts: TokenTexts, body: CompletionBody, request: Request
     ) -> None:
-        _check(body)
-        self._gateway = gateway
-        self._texts = texts
-        self._body = body
-        self._request = request
+        super().__init__(gateway, texts, body, request)
         self._prompts = _prompts(body, gateway.config.server.max_choices)
-        self._num_choices = 1 if body.n is None else body.n
-        self._head = {
-            "id": f"cmpl-{request.state.request_id}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": body.model or gateway.model.name,
-        }
 
-    async def begin(self) -> Answer:
-        """Raises RequestError if any of the prompts is refused."""
+    def _asked(self) -> tuple[list[str | list[int]], str | None, Json]:
         body = self._body
         sampling = sampling_of(body)
         if body.logprobs is not None:
             sampling["logprobs"] = body.logprobs
             if body.echo:
                 sampling.setdefault("prompt_logprobs", body.logprobs)
-        requests = requests_for(self._request, body, self._prompts, body.model, sampling)
-        return await Answer.begin(self._gateway, requests)
+        return self._prompts, body.model, sampling
 
-    async def whole(self) -> Json:
-        async with aclosing(await self.begin()) as answer:
-            answers, usages = await answer.collect(self._num_choices)
+    async def _answered(self, answers: Sequence[PromptAnswer]) -> Json:
         choices: list[Json] = []
         for prompt, found in zip(self._prompts, answers, strict=True):
             echo = await self._echo(prompt)
@@ -77,12 +58,10 @@ class _Completion:
                 self._whole_choice(len(choices) + idx, choice, found.prompt_logprobs, echo)
                 for idx, choice in enumerate(found.choices)
             ]
-        return {**self._head, "choices": choices, "usage": usages.body()}
+        return {"choices": choices}
 
-    async def events(self, answer: Answer) -> AsyncGenerator[Json, None]:
-        usages = Usages()
+    async def _pieces(self, answer: Answer, usages: Usages) -> AsyncGenerator[Json, None]:
         shown: dict[int, CompletionLogprobs] = {}
-        usage = {"usage": None} if includes_usage(self._body) else {}
         async with aclosing(answer.chunks()) as chunks:
             async for prompt_idx, chunk in chunks:
                 usages.add(chunk.usage)
@@ -91,14 +70,12 @@ class _Completion:
                 if index not in shown:
                     shown[index] = CompletionLogprobs(self._texts)
                     text = (await self._echo(self._prompts[prompt_idx])).text + text
-                choice = self._choice(index, text, chunk.token_ids, chunk.finish)
                 if not (text or chunk.finish or chunk.logprobs or self._body.return_token_ids):
                     continue  # a part of a character
+                choice = self._choice(index, text, chunk.token_ids, chunk.finish)
                 if chunk.logprobs:
                     choice["logprobs"] = shown[index].body(chunk.token_ids, chunk.logprobs)
-                yield {**self._head, "choices": [choice], **usage}
-        if usage:
-            yield {**self._head, "choices": [], "usage": usages.body()}
+                yield choice
 
     def _whole_choice(
         self, index: int, choice: Choice, of_prompt: Sequence[TokenLogprob], echo: "_Echo"
@@ -116,7 +93,7 @@ class _Completion:
     def _choice(
         self, index: int, text: str, token_ids: Sequence[int], finish: Finish | None
     ) -> Json:
-        ids = {"token_ids": list(token_ids)} if self._body.return_token_ids else {}
+        ids = self._token_ids(token_ids)
         return {"index": index, "text": text, "logprobs": None, **ending(finish), **ids}
 
     async def _echo(self, prompt: str | list[int]) -> "_Echo":
@@ -140,10 +117,6 @@ def _check(body: CompletionBody) -> None:
     if body.stream and body.echo and body.logprobs is not None:
         raise RequestError(
             Code.INVALID_ARGUMENT, "echo with logprobs is not streamed: set stream to false"
-        )
-    if body.stream and body.prompt_logprobs is not None:
-        raise RequestError(
-            Code.INVALID_ARGUMENT, "prompt_logprobs are not streamed: set stream to false"
         )
 
 

@@ -1,6 +1,7 @@
-"""What every HTTP request passes on its way in: an id, a look at its token, and limits of its body."""
+"""What every HTTP request passes on its way in: an id, a clock, a look at its token, and limits of its body."""
 
 import asyncio
+import time
 import uuid
 from collections.abc import Collection
 
@@ -17,7 +18,8 @@ _PATIENCE = 8
 
 
 class Door:
-    """ASGI middleware; the request's id is in `scope["state"]["request_id"]` and in the answer.
+    """ASGI middleware; the request's id is in `scope["state"]["request_id"]` and in the answer, and
+    `scope["state"]["arrived"]` is when its headers had come (`time.monotonic()`).
 
     Paths that are not among `open_paths` need a user's token, if the server has any.
     """
@@ -40,7 +42,7 @@ class Door:
             return
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"").decode("latin-1") or uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, arrived=time.monotonic())
         header = (b"x-request-id", request_id.encode("latin-1"))
 
         async def send_with_id(message: Message) -> None:

@@ -1,15 +1,17 @@
 """From the bodies of HTTP requests to the gateway's own, whose values the gateway judges."""
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
 
-from cluster.server.errors import Code, RequestError
+from cluster.server.errors import Code, RequestError, invalid
 from cluster.server.http.models import GenerationBody, Json, Message, ResponseFormat
 from cluster.server.request import Chat, ChatMessage, GenerationRequest
 
+_MAX_TIMEOUT_S = 86_400
 _SAME_NAME = (
     "temperature",
     "top_p",
@@ -36,13 +38,18 @@ def requests_for(
     model: str | None,
     sampling: Json,
 ) -> list[GenerationRequest]:
-    """One for each prompt; where there are several, their position is part of their ids."""
+    """One for each prompt; where there are several, their position is part of their ids.
+
+    Raises RequestError where `X-Request-Timeout` is no time, or is over.
+    """
     request_id: str = request.state.request_id
+    deadline_s = _time_left(request)
     return [
         GenerationRequest(
             prompt=prompt,
             request_id=request_id if len(prompts) == 1 else f"{request_id}-{idx}",
             model=model,
+            deadline_s=deadline_s,
             sampling=sampling,
             n=1 if body.n is None else body.n,
             priority=body.priority or 0,
@@ -92,6 +99,26 @@ def model_and_preset(
     if model is not None and model.startswith(f"{served}:"):
         return served, preset or model.removeprefix(f"{served}:")
     return model, preset
+
+
+def _time_left(request: Request) -> float | None:
+    """Seconds that the client still wants to wait, who counts from when it asked."""
+    header = request.headers.get("x-request-timeout")
+    if header is None:
+        return None
+    try:
+        timeout_s = float(header)
+    except ValueError:
+        timeout_s = 0.0
+    if not 0 < timeout_s <= _MAX_TIMEOUT_S:
+        raise invalid("x-request-timeout", header, f"seconds, above 0 and up to {_MAX_TIMEOUT_S}")
+    arrived: float = request.state.arrived
+    left_s = arrived + timeout_s - time.monotonic()
+    if left_s <= 0:
+        raise RequestError(
+            Code.DEADLINE_EXCEEDED, f"the body took longer than x-request-timeout = {timeout_s:g} s"
+        )
+    return left_s
 
 
 def _text(message: Message) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import ssl
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import ConfigError, ServeConfig
@@ -57,7 +56,10 @@ class HttpServer:
         app = make_app(self._gateway, self._credentials, self._metrics, self._live)
         listener = self._listen()
         connections = connections_with_patience(_HEADERS_TIMEOUT_S)
-        self._server = QuietServer(uvicorn.Config(app, http=connections, **self._options()))
+        config = uvicorn.Config(app, http=connections, **self._options())
+        config.load()
+        config.ssl = self._credentials.ssl_context  # its own would be read once and for all
+        self._server = QuietServer(config)
         self._serving = asyncio.create_task(
             self._server.serve(sockets=[listener]), name="http-server"
         )
@@ -104,7 +106,7 @@ class HttpServer:
         return listener
 
     def _options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {
+        return {
             "lifespan": "off",
             "ws": "none",
             "access_log": False,
@@ -117,10 +119,3 @@ class HttpServer:
             "limit_concurrency": self._config.max_concurrent_rpcs,
             "h11_max_incomplete_event_size": self._config.max_metadata_kib << 10,
         }
-        tls = self._credentials.tls_files
-        if tls:
-            options |= {"ssl_certfile": tls.cert, "ssl_keyfile": tls.key}
-            if tls.client_ca:
-                required = ssl.CERT_REQUIRED
-                options |= {"ssl_ca_certs": tls.client_ca, "ssl_cert_reqs": required}
-        return options
