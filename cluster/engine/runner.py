@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from numpy.typing import ArrayLike
@@ -85,18 +85,22 @@ class Runner:
             ranks_per_node=groups.topology.ranks_per_node,
         )
         timer = StepTimer()
-        model = Transformer.load(
-            config.model,
-            model_config,
-            groups,
-            placement,
-            dtype,
-            config.comms,
-            timer.phase,
-            config.experts.split,
-        )
         num_blocks = num_cache_blocks(config, model_config, groups)
-        cache = KVCache(model_config, groups.topology, num_blocks, config.cache.block_size, dtype)
+        block_size = config.cache.block_size
+        if config.device == "cuda":
+            model, cache = _load_cuda(config, model_config, groups, placement, num_blocks)
+        else:
+            model = Transformer.load(
+                config.model,
+                model_config,
+                groups,
+                placement,
+                dtype,
+                config.comms,
+                timer.phase,
+                config.experts.split,
+            )
+            cache = KVCache(model_config, groups.topology, num_blocks, block_size, dtype)
         migrator, server = start_migrator(config, groups, model, placement)
         return Runner(config, model, cache, timer, migrator, server)
 
@@ -209,6 +213,29 @@ class Runner:
             "intra_node": ledger.intra_node_bytes(),
             "inter_node": ledger.inter_node_bytes(),
         }
+
+
+def _load_cuda(
+    config: ServeConfig,
+    model_config: ModelConfig,
+    groups: ParallelGroups,
+    placement: Placement,
+    num_blocks: int,
+) -> tuple[Transformer, KVCache]:
+    """The model and its cache on this rank's GPU. Imported here: the CPU's ranks need no Triton."""
+    from cluster.model.cuda.transformer import CudaTransformer
+
+    model = CudaTransformer.load(
+        config.model,
+        model_config,
+        groups,
+        placement,
+        config.comms,
+        quantization=config.quantization,
+    )
+    cache = model.new_cache(num_blocks, config.cache.block_size)
+    model.capture(cache, config.scheduler.max_num_batched_tokens)
+    return cast(Transformer, model), cache  # the parts of it that are used here are the same
 
 
 def num_cache_blocks(config: ServeConfig, model_config: ModelConfig, groups: ParallelGroups) -> int:

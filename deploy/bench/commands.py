@@ -1,8 +1,9 @@
 """`expertmesh bench ...`: what is measured here, each against something in the same run."""
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -74,26 +75,113 @@ def bench_step(
     raise typer.Exit(step_command(config, overrides or [], sequences, steps, json_file, trace_file))
 
 
+Device = Annotated[str, typer.Option(help="cpu, or cuda: on this machine's GPUs.")]
+Gpu = Annotated[str, typer.Option(help="cuda; there is no CPU side to this one.")]
+
+
+@bench.command("experts")
+def bench_experts(
+    device: Gpu = "cuda",
+    layer: Annotated[
+        bool, typer.Option(help="The whole MoE layer as one of 64 cards sees it, part by part.")
+    ] = False,
+    hidden: Annotated[int, typer.Option(help="Channels of a token.")] = 7168,
+    intermediate: Annotated[int, typer.Option(help="Channels inside an expert.")] = 2048,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float8 or bfloat16; repeat for both. [both]")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Grouped products of experts on a GPU: ours, the library's, and the hardware's floor."""
+    dtypes = _all_of(dtype, ("float8", "bfloat16"), "--dtype")
+    _need_gpus(1, device)
+    if layer:
+        from deploy.bench.moe_layer_gpu import layer_command
+
+        raise typer.Exit(layer_command(device, hidden, intermediate, dtypes, json_file))
+    from deploy.bench.experts import experts_command
+
+    raise typer.Exit(experts_command(device, hidden, intermediate, dtypes, json_file))
+
+
+@bench.command("decode")
+def bench_decode(
+    device: Gpu = "cuda",
+    model: Annotated[str, typer.Option(help="A preset; weights are random.")] = "deepseek-v2-lite",
+    quantization: Annotated[
+        list[str] | None, typer.Option(help="bfloat16 or fp8; repeat for both. [both]")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences decoding at once; repeat. [1 16 128 512]")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="1, or 2 with the experts divided over them.")] = 1,
+    transformers: Annotated[
+        bool, typer.Option("--transformers", help="Also measure transformers on this GPU.")
+    ] = False,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write what each kernel takes there.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Tokens per second of a whole model on a GPU, beside the memory's floor and transformers."""
+    quantizations = _all_of(quantization, ("bfloat16", "fp8"), "--quantization")
+    _need_gpus(gpus, device)
+    from deploy.bench.decode import decode_command
+
+    raise typer.Exit(
+        decode_command(
+            model,
+            quantizations,
+            batch or [1, 16, 128, 512],
+            gpus,
+            transformers,
+            profile,
+            json_file,
+        )
+    )
+
+
 @bench.command("dispatch")
 def bench_dispatch(
+    device: Device = "cpu",
     hosts: Annotated[
         int, typer.Option(help="Hosts as namespaces; 0: two nodes on loopback, without root.")
     ] = 4,
     ranks_per_host: Annotated[int, typer.Option(help="Ranks of each host.")] = 2,
     rate: Annotated[str, typer.Option(help='Of each link, each way, or "none".')] = "200mbit",
-    hidden: Annotated[int, typer.Option(help="Channels of a token.")] = 2048,
+    hidden: Annotated[
+        int | None, typer.Option(help="Channels of a token. [2048; cuda: 7168]")
+    ] = None,
     experts: Annotated[int, typer.Option(help="Experts in all.")] = 256,
     topk: Annotated[int, typer.Option(help="Experts of each token.")] = 8,
     groups: Annotated[int, typer.Option(help="Groups of experts.")] = 8,
     topk_groups: Annotated[int, typer.Option(help="Groups that a token may choose from.")] = 4,
-    tokens: Annotated[int, typer.Option(help="Tokens of each rank.")] = 512,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Of each rank; cuda: repeat for several. [512; cuda: 128 1024 4096]"),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed layers of each scheme.")] = 5,
     schemes: Annotated[str, typer.Option(help="Which, comma separated. Default: all.")] = "",
     inter_node_backend: Annotated[str, typer.Option(help="tcp or gloo.")] = "tcp",
     trace_file: TraceFile = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Bytes between hosts, seconds and error of one MoE layer's exchange, by scheme."""
+    """Bytes between hosts, seconds and error of one MoE layer's exchange, by scheme; on GPUs of one
+    host (--device cuda), microseconds of dispatch and combine over symmetric memory."""
+    if device == "cuda":
+        _need_gpus(2, device)
+        from deploy.bench.dispatch_gpu import dispatch_gpu_command
+
+        workload: dict[str, Any] = {
+            "hidden": hidden or 7168,
+            "num_experts": experts,
+            "num_topk": topk,
+            "tokens": tuple(tokens or (128, 1024, 4096)),
+        }
+        raise typer.Exit(dispatch_gpu_command(workload, json_file))
+    if device != "cpu" or len(tokens or ()) > 1:
+        wrong = f"--device {device!r} is none of cpu, cuda" if device != "cpu" else "one --tokens"
+        raise typer.BadParameter(wrong)
     # Hosts of a testbed have no names; the store would warn of it once per rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from deploy.bench.dispatch import dispatch_command
@@ -104,12 +192,12 @@ def bench_dispatch(
                 "hosts": hosts,
                 "ranks_per_host": ranks_per_host,
                 "rate": None if rate == "none" else rate,
-                "hidden": hidden,
+                "hidden": hidden or 2048,
                 "experts": experts,
                 "topk": topk,
                 "groups": groups,
                 "topk_groups": topk_groups,
-                "tokens": tokens,
+                "tokens": (tokens or [512])[0],
             },
             [name for name in schemes.split(",") if name],
             repeats,
@@ -332,3 +420,23 @@ def bench_simulator(json_file: JsonFile = None) -> None:
     from deploy.bench.simulator import simulator_command
 
     raise typer.Exit(simulator_command(json_file))
+
+
+def _all_of(chosen: list[str] | None, known: tuple[str, ...], option: str) -> list[str]:
+    """What was chosen, all there is by default; a usage error for anything else."""
+    for name in chosen or ():
+        if name not in known:
+            raise typer.BadParameter(f"{option} {name!r} is none of {', '.join(known)}")
+    return chosen or list(known)
+
+
+def _need_gpus(number: int, device: str) -> None:
+    """A usage error for another device than CUDA's; exit code 2 without so many GPUs."""
+    if device != "cuda":
+        raise typer.BadParameter(f"--device {device!r}: this one runs on cuda only")
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < number:
+        print(f"this needs {number} CUDA GPU{'s'[: number > 1]}: {found} visible", file=sys.stderr)
+        raise typer.Exit(2)

@@ -1,0 +1,35 @@
+"""Grouped-query attention on a GPU: all heads here.
+
+Legend: T rows, H hidden, G KV heads, N query heads, D head channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cluster.model.config import GqaConfig
+from cluster.model.cuda.ops import Ops, Step
+from cluster.model.cuda.weights import Matrix
+from cluster.model.kv_cache import LayerCache
+from cluster.model.norm import RmsNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaGqa:
+    """Weights as in `GqaAttention`."""
+
+    config: GqaConfig
+    w_qkv: Matrix
+    w_out: Matrix
+    q_norm: RmsNorm | None
+    k_norm: RmsNorm | None
+    ops: Ops
+
+    def __call__(self, x_TH: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        c, ops = self.config, self.ops
+        qkv_TX = ops.linear(x_TH, self.w_qkv)
+        q_TND = ops.store_heads(qkv_TX, self.q_norm, self.k_norm, c.num_kv_heads, step, cache)
+        out_TND = ops.attention(q_TND, cache, step.plan, c.softmax_scale, c.head_dim)
+        return ops.linear(out_TND.flatten(1), self.w_out)

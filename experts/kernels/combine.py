@@ -1,0 +1,79 @@
+"""Experts' outputs back to rows: the weighted sum over each row's pairs, bit for bit the CPU's.
+
+    exact    out = sum over k in top-k order of weight * y, in fp32: product, then sum, each rounded
+             (`comms/routes.weighted_sum`)
+    fixed    q = rint(y * (weight * (2^15 / range))), out = (sum of q, as integers) * (range / 2^15),
+             NaN where a pair is refused (`comms/fixed.py`)
+
+Both go by place_RK, so nothing depends on where a pair was sorted to. What is added afterwards, the
+shared expert's output say, is added to the rounded sum, as the layer on a CPU does.
+
+R rows, H hidden, K experts per token, P places, B programs of a row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from experts.kernels.combine_kernels import exact, fixed, fixed_large
+from experts.kernels.types import SortedPairs
+
+_FEW = 2
+"""Pairs of a row that are looked up one by one: cheaper than to skip the others of K."""
+_NARROW, _WIDE, _FEW_ROWS = 256, 1024, 256
+"""Channels of a program, 256 to a warp: many small programs fill a GPU sooner, and cost more to start."""
+_ROWS = 8  # of a program that looks for what is seldom
+
+
+def weighted_sum(
+    y_PH: Tensor,
+    pairs: SortedPairs,
+    weights_RK: Tensor,
+    *,
+    range_R: Tensor | None = None,
+    extra_RH: Tensor | None = None,
+) -> Tensor:
+    """out_RH bf16: sum over k of weights_RK (fp32) * y_PH (bf16, in the pairs' sorted order).
+
+    A row without a pair here is zero. With `range_R` (fp32) the sum is the associative one; with
+    `extra_RH` (bf16) that is added. Raises ValueError for shapes that do not fit together.
+    """
+    num_rows, num_topk = pairs.place_RK.shape
+    hidden = y_PH.shape[1]
+    if tuple(weights_RK.shape) != (num_rows, num_topk) or weights_RK.dtype != torch.float32:
+        raise ValueError(f"weights {weights_RK.dtype} {list(weights_RK.shape)} are not fp32 [R, K]")
+    if extra_RH is not None and tuple(extra_RH.shape) != (num_rows, hidden):
+        raise ValueError(f"extra {list(extra_RH.shape)} is not [{num_rows}, {hidden}]")
+    out_RH = torch.empty((num_rows, hidden), dtype=torch.bfloat16, device=y_PH.device)
+    if not num_rows:
+        return out_RH
+    extra = out_RH if extra_RH is None else extra_RH
+    weights_RK = weights_RK.contiguous()
+    block = min(_NARROW if num_rows <= _FEW_ROWS else _WIDE, triton.next_power_of_2(hidden))
+    tiles = triton.cdiv(hidden, block)
+    sizes = {
+        "H": hidden, "K": num_topk, "K_PAD": triton.next_power_of_2(num_topk), "BLOCK": block,
+        "EXTRA": extra_RH is not None,
+    }  # fmt: skip
+    options = {"num_warps": max(1, block // 256), "enable_fp_fusion": False}
+    if range_R is None:
+        exact[(num_rows, tiles)](
+            y_PH, pairs.place_RK, weights_RK, extra, out_RH, FEW=_FEW, **sizes, **options
+        )
+        return out_RH
+    large_RB = torch.empty((num_rows, tiles), dtype=torch.int32, device=y_PH.device)
+    arguments = (y_PH, pairs.place_RK, weights_RK, range_R, extra, out_RH, large_RB)
+    fixed[(num_rows, tiles)](*arguments, FEW=_FEW, **sizes, **options)
+    fixed_large[(triton.cdiv(num_rows, _ROWS),)](
+        *arguments, num_rows, LIMIT=greatest_summand(num_topk), ROWS=_ROWS, TILES=tiles,
+        TILES_PAD=triton.next_power_of_2(tiles), **sizes, **options,
+    )  # fmt: skip
+    return out_RH
+
+
+def greatest_summand(num_topk: int) -> float:
+    """The greatest fp32 number of which num_topk are still below 2^31 (as in `comms/fixed.py`)."""
+    return float(np.nextafter(np.float32(2**31 / num_topk), np.float32(0)))

@@ -1,0 +1,161 @@
+# ruff: noqa: ANN001, ANN201, ANN202  (what Triton compiles has no Python types)
+"""The kernels of `experts/kernels/combine.py`: sums of fp32, and sums of integers on a row's grid.
+
+A program has some channels of a row. Where most of a row's pairs are elsewhere it looks them up one by
+one; else it asks for all at once. Both add in top-k order.
+
+Legend: R rows, H hidden, K experts per token, P places.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_ROUNDER: tl.constexpr = tl.constexpr(12582912.0)
+"""1.5 * 2^23: what is added to it, up to 2^22, is rounded to a whole number in its lowest bits."""
+_ROUNDER_BITS: tl.constexpr = tl.constexpr(0x4B400000)
+_LARGE_BITS: tl.constexpr = tl.constexpr(0x4A800000)  # of 2^22
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def exact(  # type: ignore[no-untyped-def]
+    y, place_in, weights, extra, out,
+    H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
+    EXTRA: tl.constexpr,
+):  # fmt: skip
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < H
+    total = tl.zeros([BLOCK], tl.float32)
+    if number_here(place_in, row, K, K_PAD) <= FEW:
+        for k in tl.static_range(K):
+            place = tl.load(place_in + row * K + k)
+            if place >= 0:
+                values = values_of(y, place, at, inside, H)
+                total += values * tl.load(weights + row * K + k)
+    else:  # all loads at once
+        for k in tl.static_range(K):
+            place = tl.load(place_in + row * K + k)
+            here = inside & (place + 0 * at >= 0)
+            values = values_of(y, place, at, here, H)
+            total += tl.where(here, values * tl.load(weights + row * K + k), 0.0)
+    store_sum(out, extra, total, row, at, inside, H, EXTRA)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def fixed(  # type: ignore[no-untyped-def]
+    y, place_in, weights, ranges, extra, out, large_out,
+    H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
+    EXTRA: tl.constexpr,
+):  # fmt: skip
+    """Right if no summand is beyond 2^22 steps; `large_out` says where one is."""
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < H
+    steps, step = _steps(ranges + row)
+    total = tl.zeros([BLOCK], tl.int32)
+    peak = tl.zeros([BLOCK], tl.int32)
+    if number_here(place_in, row, K, K_PAD) <= FEW:
+        for k in tl.static_range(K):
+            place = tl.load(place_in + row * K + k)
+            if place >= 0:
+                scaled = values_of(y, place, at, inside, H) * (
+                    tl.load(weights + row * K + k) * steps
+                )
+                scaled = tl.where(inside, scaled, 0.0)
+                total += (scaled + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS
+                peak = tl.maximum(peak, scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    else:  # all loads at once
+        for k in tl.static_range(K):
+            place = tl.load(place_in + row * K + k)
+            here = inside & (place + 0 * at >= 0)
+            scaled = values_of(y, place, at, here, H) * (tl.load(weights + row * K + k) * steps)
+            scaled = tl.where(here, scaled, 0.0)
+            total += (scaled + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS
+            peak = tl.maximum(peak, scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    store_sum(out, extra, total.to(tl.float32) * step, row, at, inside, H, EXTRA)
+    large = (tl.max(peak, 0) > _LARGE_BITS).to(tl.int32)  # a NaN is
+    tl.store(large_out + row * tl.num_programs(1) + tl.program_id(1), large)
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator,unused-ignore]
+def fixed_large(  # type: ignore[no-untyped-def]
+    y, place_in, weights, ranges, extra, out, large, num_rows,
+    LIMIT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, TILES_PAD: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, BLOCK: tl.constexpr, EXTRA: tl.constexpr,
+):  # fmt: skip
+    """The rows that have such a summand once more, with any number and with refused pairs: seldom."""
+    first, tile = tl.program_id(0) * ROWS, tl.arange(0, TILES_PAD)
+    rows = (first + tl.arange(0, ROWS))[:, None]
+    here = (rows < num_rows) & (tile[None, :] < TILES)
+    found = tl.load(large + rows * TILES + tile[None, :], mask=here, other=0)
+    if tl.max(tl.max(found, 1), 0) > 0:
+        for i in range(ROWS):
+            row = (first + i).to(tl.int64)
+            mask = (tile < TILES) & (row * TILES + tile < num_rows * TILES)
+            if tl.max(tl.load(large + row * TILES + tile, mask=mask, other=0), 0) > 0:
+                _fixed_row(y, place_in, weights, ranges, extra, out, row, LIMIT, H, K, BLOCK, EXTRA)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _fixed_row(  # type: ignore[no-untyped-def]
+    y, place_in, weights, ranges, extra, out, row,
+    LIMIT: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, EXTRA: tl.constexpr,
+):  # fmt: skip
+    steps, step = _steps(ranges + row)
+    refused = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, H, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < H
+        total = tl.zeros([BLOCK], tl.int32)
+        for k in range(K):
+            place = tl.load(place_in + row * K + k)
+            here = inside & (place + 0 * at >= 0)
+            scaled = values_of(y, place, at, here, H) * (tl.load(weights + row * K + k) * steps)
+            fits = tl.abs(scaled) <= LIMIT  # a NaN does not
+            refused |= (here & ~fits).to(tl.int32)
+            total += _rounded(tl.where(here & fits, scaled, 0.0))
+        store_sum(out, extra, total.to(tl.float32) * step, row, at, inside, H, EXTRA)
+    if tl.max(refused, 0) > 0:
+        for start in range(0, H, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            nothing = tl.full([BLOCK], float("nan"), tl.float32)
+            store_sum(out, extra, nothing, row, at, at < H, H, False)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _steps(range_at):  # type: ignore[no-untyped-def]
+    """(steps to one, NaN for a range that cannot be; one step)."""
+    reach = tl.load(range_at)
+    steps = tl.div_rn(tl.full([1], 32768.0, tl.float32), tl.zeros([1], tl.float32) + reach)
+    steps = tl.where((reach > 0) & (reach < float("inf")), steps, float("nan"))
+    return steps, reach * (1.0 / 32768.0)  # a power of two: exact, or as rounded as a division
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def number_here(place_in, row, K: tl.constexpr, K_PAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many pairs of the row are here."""
+    k = tl.arange(0, K_PAD)
+    return tl.sum((tl.load(place_in + row * K + k, mask=k < K, other=-1) >= 0).to(tl.int32), 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def values_of(y, place, at, here, H: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.load(y + place.to(tl.int64) * H + at, mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _rounded(x):  # type: ignore[no-untyped-def]
+    """rint(x) as int32: adding 2^23 leaves no place for a fraction; from there on there is none."""
+    magnitude = tl.abs(x)
+    whole = tl.where(magnitude < 8388608.0, (magnitude + 8388608.0) - 8388608.0, magnitude)
+    number = whole.to(tl.int32)
+    return tl.where(x < 0, -number, number)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def store_sum(out, extra, total, row, at, inside, H: tl.constexpr, EXTRA: tl.constexpr):  # type: ignore[no-untyped-def]
+    rounded = total.to(tl.bfloat16)
+    if EXTRA:
+        more = tl.load(extra + row * H + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = (rounded.to(tl.float32) + more).to(tl.bfloat16)
+    tl.store(out + row * H + at, rounded, mask=inside)

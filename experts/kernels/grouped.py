@@ -1,0 +1,214 @@
+"""All experts of a rank at once: gate and up, SwiGLU, down, for rows of any number and division.
+
+Two launches whatever the counts, which stay on the GPU: the call can be captured in a CUDA graph. A
+pair's output depends on its row and its expert alone, bit for bit.
+
+Legend: R rows, P = R * K places, H hidden, I intermediate, B buffers or blocks of 128.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from experts.kernels.down import down
+from experts.kernels.gate_up import gate_up
+from experts.kernels.hopper_down import hopper_down
+from experts.kernels.hopper_gate_up import hopper_gate_up
+from experts.kernels.hopper_gate_up_few import hopper_gate_up_few
+from experts.kernels.tiles import Tiles, most_tiles
+from experts.kernels.types import BLOCK, DeviceExperts, QuantizedRows, SortedPairs
+
+SLOTS = 32
+"""Slots that a program looks through at least: kernels are compiled for powers of 2 from here."""
+
+
+MANY_TILES = 528
+"""Tiles of the second product from which three programs to a multiprocessor pay: four for each."""
+
+
+def expert_ffn(
+    x: Tensor | QuantizedRows,
+    pairs: SortedPairs,
+    experts: DeviceExperts,
+    *,
+    expected_pairs: int | None = None,
+) -> Tensor:
+    """y_PH bf16: w2 @ (silu(gate @ x) * (up @ x)) of each pair, unweighted, in sorted order.
+
+    x: [R, H]; the row of a place is pair_P // K. bf16 weights take bf16 rows. FP8 weights take
+    quantised rows, and the activations between the products are quantised alike (1 x 128); or bf16
+    rows, and the weights become bf16 in the tile. Places beyond the last are left unwritten.
+
+    expected_pairs: about how many pairs there will be, where most places stay empty; tiles are chosen
+    for it. Raises ValueError for operands that do not fit together.
+    """
+    _check(x, experts)
+    if not pairs.pair_P.shape[0]:
+        return torch.empty(0, experts.hidden, device=pairs.pair_P.device, dtype=torch.bfloat16)
+    num_pairs = pairs.pair_P.shape[0] if expected_pairs is None else expected_pairs
+    first, second = tiles_for(experts, num_pairs, quantized=isinstance(x, QuantizedRows))
+    return down_rows(gate_up_rows(x, pairs, experts, first), pairs, experts, second)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hidden:
+    """Activations between the products: h_PI bf16, or e4m3 with scale_BP fp32."""
+
+    h_PI: Tensor
+    scale_BP: Tensor | None
+
+
+def gate_up_rows(
+    x: Tensor | QuantizedRows, pairs: SortedPairs, experts: DeviceExperts, tiles: Tiles
+) -> Hidden:
+    """silu(gate @ x) * (up @ x) of each pair, in sorted order."""
+    x_RH, x_scale = (x.q_RH, x.scale_RB) if isinstance(x, QuantizedRows) else (x, None)
+    intermediate, num_places = experts.intermediate, pairs.pair_P.shape[0]
+    h_PI = torch.empty(num_places, intermediate, device=x_RH.device, dtype=x_RH.dtype)
+    blocks = -(-intermediate // min(BLOCK, tiles.features))
+    scale_BP = torch.empty(blocks, num_places, device=x_RH.device) if x_scale is not None else None
+    if tiles.specialised:
+        kernel = hopper_gate_up if tiles.rows == 128 else hopper_gate_up_few
+        kernel[(_programs(pairs, experts, intermediate, tiles),)](
+            x_RH, x_scale, _shared_descriptor(experts.w13_BNH.flatten(0, 1), tiles), experts.w13_scale,
+            experts.buffer_S, pairs.ends_S, pairs.pair_P, h_PI, scale_BP, num_places, experts.num_slots,
+            H=experts.hidden, I=intermediate, K=pairs.num_topk, SLOTS=_slots(experts),
+            X8=x_scale is not None, ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
+            STAGES=tiles.stages, num_warps=tiles.warps,
+        )  # fmt: skip
+        return Hidden(h_PI=h_PI, scale_BP=scale_BP)
+    gate_up[(_programs(pairs, experts, intermediate, tiles),)](
+        x_RH, x_scale, _descriptor(experts.w13_BNH, x_scale, tiles), experts.w13_scale,
+        experts.buffer_S, pairs.ends_S, pairs.pair_P, h_PI, scale_BP, num_places, experts.num_slots,
+        H=experts.hidden, I=intermediate, K=pairs.num_topk, SLOTS=_slots(experts),
+        X8=x_scale is not None, W8=experts.is_float8,
+        ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return Hidden(h_PI=h_PI, scale_BP=scale_BP)
+
+
+def down_rows(hidden: Hidden, pairs: SortedPairs, experts: DeviceExperts, tiles: Tiles) -> Tensor:
+    """w2 @ h of each pair, in sorted order: y_PH bf16."""
+    h_PI, scale_BP = hidden.h_PI, hidden.scale_BP
+    num_places = pairs.pair_P.shape[0]
+    y_PH = torch.empty(num_places, experts.hidden, device=h_PI.device, dtype=torch.bfloat16)
+    if tiles.specialised:
+        hopper_down[(_programs(pairs, experts, experts.hidden, tiles),)](
+            _shared_descriptor(h_PI, tiles), scale_BP,
+            _shared_descriptor(experts.w2_BHI.flatten(0, 1), tiles), experts.w2_scale,
+            experts.buffer_S, pairs.ends_S, y_PH, num_places, experts.num_slots,
+            H=experts.hidden, I=experts.intermediate, SLOTS=_slots(experts),
+            X8=scale_BP is not None, ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
+            STAGES=tiles.stages, num_warps=tiles.warps,
+        )  # fmt: skip
+        return y_PH
+    down[(_programs(pairs, experts, experts.hidden, tiles),)](
+        TensorDescriptor.from_tensor(h_PI, [tiles.rows, tiles.depth]), scale_BP,
+        _descriptor(experts.w2_BHI, scale_BP, tiles), experts.w2_scale,
+        experts.buffer_S, pairs.ends_S, y_PH, num_places, experts.num_slots,
+        H=experts.hidden, I=experts.intermediate, SLOTS=_slots(experts),
+        X8=scale_BP is not None, W8=experts.is_float8,
+        ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return y_PH
+
+
+def tiles_for(experts: DeviceExperts, num_pairs: int, *, quantized: bool) -> tuple[Tiles, Tiles]:
+    """The tiles of both products for so many pairs: a matter of speed, no bit depends on it.
+
+    What was fastest on an H200 among those tried, with 4, 9, 12 and 32 experts of DeepSeek-V3's sizes.
+    """
+    float8, rows = experts.is_float8, num_pairs / experts.num_slots
+    depth = 128 if float8 else 64
+    if float8 and not quantized:
+        both = Tiles(rows=64, features=128, depth=depth, warps=8, stages=3)
+        return both, both
+    hopper = _is_hopper(experts.buffer_S.device)
+    first = 128 if experts.intermediate % 128 == 0 else 64
+    second = 128 if experts.hidden % 128 == 0 else 64
+    deep = 5 if hopper and not float8 else 4  # as many as its shared memory holds
+    gate_up = Tiles(rows=64, features=first, depth=depth, warps=8, stages=deep)
+    crowded = experts.num_slots * (experts.hidden // second) > MANY_TILES
+    down = Tiles(
+        rows=64,
+        features=second,
+        depth=depth,
+        warps=4,
+        stages=3 if crowded else 4,
+        programs=3 if crowded else 2,
+    )
+    if not hopper or first != 128 or experts.hidden % 256:
+        return gate_up, down
+    many = Tiles(rows=128, features=128, depth=depth, warps=4, stages=4, specialised=True)
+    if float8:
+        gate_up = replace(many, rows=64) if rows <= 128 else many
+    elif rows > 64:
+        gate_up = many
+    return gate_up, many if rows > 64 else down
+
+
+def _programs(pairs: SortedPairs, experts: DeviceExperts, out_features: int, tiles: Tiles) -> int:
+    """At most as many as the GPU runs at once: they take the tiles in turns."""
+    needed = most_tiles(pairs.pair_P.shape[0], experts.num_slots, tiles)
+    return min(
+        needed * (out_features // tiles.features),
+        tiles.programs * _multiprocessors(experts.buffer_S.device),
+    )
+
+
+def _descriptor(weights: Tensor, scale: Tensor | None, tiles: Tiles) -> TensorDescriptor:
+    """All buffers' rows below each other. FP8 beside bf16 rows is read as bytes."""
+    rows = weights.flatten(0, 1)
+    if rows.dtype == torch.float8_e4m3fn and scale is None:
+        rows = rows.view(torch.uint8)
+    return TensorDescriptor.from_tensor(rows, [tiles.features, tiles.depth])
+
+
+def _shared_descriptor(rows: Tensor, tiles: Tiles) -> HopperDescriptor:
+    """Of 128 rows or features and 128 bytes of channels."""
+    layout = gl.NVMMASharedLayout(128, 8 * rows.element_size(), 2)
+    return HopperDescriptor.from_tensor(rows, [128, tiles.depth], layout)
+
+
+def _slots(experts: DeviceExperts) -> int:
+    return max(SLOTS, 1 << (experts.num_slots - 1).bit_length())
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # Triton's interpreter
+    number: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return number
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _check(x: Tensor | QuantizedRows, experts: DeviceExperts) -> None:
+    quantized = isinstance(x, QuantizedRows)
+    hidden, intermediate = experts.hidden, experts.intermediate
+    channels = (x.q_RH if isinstance(x, QuantizedRows) else x).shape[1]
+    if channels != hidden:
+        raise ValueError(f"rows of {channels} channels for experts of hidden({hidden})")
+    if quantized and not experts.is_float8:
+        raise ValueError("bfloat16 experts take bfloat16 rows, not quantised ones")
+    if experts.is_float8 and (hidden % BLOCK or intermediate % BLOCK):
+        raise ValueError(
+            f"FP8 experts need hidden({hidden}) and intermediate({intermediate}) in blocks of {BLOCK}"
+        )
+    if hidden % 64 or intermediate % 64:
+        raise ValueError(
+            f"hidden({hidden}) and intermediate({intermediate}) must be multiples of 64"
+        )

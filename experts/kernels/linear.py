@@ -1,0 +1,243 @@
+"""Dense products whose rows do not depend on the batch they are computed in.
+
+The contracted dimension is walked in one order: parts of a length fixed by the weight's shape, 16 or
+32 channels an instruction inside a part, parts added in order. On Hopper every matrix instruction of
+bf16 gives the same bits for the same order (mma.sync and wgmma, any width, operands swapped or not),
+and so does every wgmma of e4m3: tests/gpu/test_linear.py. So the tile may follow the number of tokens.
+
+bf16 weights have one part. Products of e4m3 and of fp32 weights take longer chains of instructions
+for fewer bytes, so few output rows are spread over the multiprocessors by parts: with few tokens each
+part has a program, and the last of a tile to arrive adds them up; with many one program walks them
+all. Both make the same additions.
+
+Legend: T tokens, O output and I input channels, N independent products, B blocks of 128 channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from experts.kernels.counters import counters
+from experts.kernels.linear_kernels import by_descriptors, by_pointers
+from experts.kernels.quantize import quantize
+from experts.kernels.types import BLOCK, QuantizedRows
+
+MULTIPROCESSORS = 132
+"""Of a Hopper GPU: what tiles are chosen for. Programs beyond them wait for a second turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How one call is cut; none of it changes a bit of the result (fp32 weights: `channels` does).
+
+    `tokens_first`: tokens on the M side of the instruction; 8-bit tiles of many tokens then need few
+    registers for their scales. 8-bit tiles must run wgmma: 64 or more on the M side, 16 on the other.
+    """
+
+    outputs: int
+    tokens: int
+    channels: int
+    warps: int
+    stages: int
+    tokens_first: bool = False
+
+
+def linear(
+    x_TI: Tensor | QuantizedRows,
+    w_OI: Tensor,
+    scale: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x @ w.T as [T, O], bf16 or `out_dtype`; x may be a slice of columns.
+
+    bf16 weights take bf16 rows; e4m3 weights, with an fp32 `scale` for each 128 x 128 of them
+    [ceil(O/128), ceil(I/128)], take `QuantizedRows` or bf16 rows, which are quantised first.
+    Raises ValueError for shapes or dtypes that do not fit together.
+    """
+    inputs = w_OI.shape[1]
+    if w_OI.dtype == torch.float8_e4m3fn and isinstance(x_TI, Tensor):
+        if inputs % BLOCK:
+            x_TI = functional.pad(x_TI, (0, -inputs % BLOCK))
+        x_TI = quantize(x_TI.contiguous())
+    rows = x_TI if isinstance(x_TI, Tensor) else x_TI.q_RH[:, :inputs]
+    x_scale = None if isinstance(x_TI, Tensor) else x_TI.scale_RB
+    if (scale is None) != (x_scale is None) or rows.dtype != w_OI.dtype:
+        raise ValueError(
+            f"rows of {rows.dtype} for weights of {w_OI.dtype}, scale {scale is not None}"
+        )
+    dtype = out_dtype or torch.bfloat16
+    out_TO = torch.empty(len(rows), len(w_OI), device=rows.device, dtype=dtype)
+    _product(rows.unsqueeze(1), w_OI.unsqueeze(0), out_TO.unsqueeze(1), x_scale, scale)
+    return out_TO
+
+
+def linears(x_TNI: Tensor, w_NOI: Tensor, out_TNO: Tensor | None = None) -> Tensor:
+    """N independent bf16 products, [T, N, O]; x and out may be slices of wider tensors."""
+    if out_TNO is None:
+        num_tokens, num, _ = x_TNI.shape
+        out_TNO = x_TNI.new_empty(num_tokens, num, w_NOI.shape[1])
+    _product(x_TNI, w_NOI, out_TNO, None, None)
+    return out_TNO
+
+
+def linear_fp32(x_TH: Tensor, w_EH: Tensor) -> Tensor:
+    """x @ w.T in fp32 of bf16 rows and fp32 weights: [T, E].
+
+    A weight is the sum of three bf16 numbers, whose products with bf16 are exact in fp32.
+    """
+    out_TE = torch.empty(len(x_TH), len(w_EH), device=x_TH.device, dtype=torch.float32)
+    _product(x_TH.unsqueeze(1), w_EH.unsqueeze(0), out_TE.unsqueeze(1), None, None)
+    return out_TE
+
+
+# From few and narrow tiles to many and wide ones, as measured on an H200.
+_BF16_TILES: tuple[Tiles, ...] = (
+    Tiles(outputs=64, tokens=16, channels=256, warps=4, stages=5),
+    Tiles(outputs=64, tokens=32, channels=256, warps=4, stages=4),
+    Tiles(outputs=64, tokens=64, channels=128, warps=4, stages=6, tokens_first=True),
+    Tiles(outputs=128, tokens=64, channels=128, warps=4, stages=4, tokens_first=True),
+    Tiles(outputs=128, tokens=128, channels=64, warps=8, stages=4, tokens_first=True),
+    Tiles(outputs=256, tokens=128, channels=64, warps=8, stages=3, tokens_first=True),
+)
+_OLDER_TILES: tuple[Tiles, ...] = (  # GPUs with less shared memory and no copy engine
+    Tiles(outputs=64, tokens=16, channels=128, warps=4, stages=3),
+    Tiles(outputs=64, tokens=64, channels=64, warps=4, stages=4),
+    Tiles(outputs=128, tokens=128, channels=64, warps=8, stages=3),
+)
+_MANY_ROWS = Tiles(outputs=64, tokens=16, channels=256, warps=4, stages=4)
+_FEW_LONG_ROWS = Tiles(outputs=16, tokens=16, channels=512, warps=2, stages=4)
+_FLOAT8_TILES: tuple[Tiles, ...] = (
+    Tiles(outputs=64, tokens=16, channels=128, warps=4, stages=5),
+    Tiles(outputs=64, tokens=32, channels=128, warps=4, stages=5),
+    Tiles(outputs=64, tokens=64, channels=128, warps=4, stages=5, tokens_first=True),
+    Tiles(outputs=128, tokens=64, channels=128, warps=4, stages=4, tokens_first=True),
+)
+_HEAD_TILES: tuple[Tiles, ...] = (
+    Tiles(outputs=64, tokens=16, channels=128, warps=4, stages=4),
+    Tiles(outputs=64, tokens=64, channels=64, warps=4, stages=4),
+    Tiles(outputs=128, tokens=128, channels=64, warps=8, stages=3),
+)
+_FP32_TILES: tuple[Tiles, ...] = (
+    Tiles(outputs=32, tokens=16, channels=64, warps=4, stages=4),
+    Tiles(outputs=64, tokens=64, channels=64, warps=4, stages=3),
+)
+
+
+def part_channels(num: int, outputs: int, inputs: int, dtype: torch.dtype) -> int:
+    """Channels of a part: it alone decides in which order a row's products are added.
+
+    From the shape and type of the weight only; a multiple of 128, or everything.
+    """
+    if dtype == torch.bfloat16:
+        return inputs
+    tiles = num * triton.cdiv(outputs, 64)
+    parts = max(1, min(170 // tiles, inputs // (256 if dtype == torch.float32 else 512), 16))
+    return int(triton.cdiv(triton.cdiv(inputs, parts), BLOCK)) * BLOCK
+
+
+def tiles_for(
+    num: int, num_tokens: int, outputs: int, inputs: int, dtype: torch.dtype, *, hopper: bool = True
+) -> Tiles:
+    """The smallest tile of which every multiprocessor has one at most, or the largest that fits."""
+    if dtype == torch.bfloat16 and not hopper:
+        return _OLDER_TILES[(num_tokens > 16) + (num_tokens > 1024)]
+    if dtype == torch.float32:
+        return _FP32_TILES[num_tokens > (128 if outputs <= 64 else 16)]
+    if dtype == torch.float8_e4m3fn:
+        choice = _FLOAT8_TILES
+    elif num > 1:
+        return _HEAD_TILES[(num_tokens > 16) + (num_tokens > 256)]
+    elif num_tokens <= 16 and outputs <= 3072 and inputs >= 4096:
+        return _FEW_LONG_ROWS
+    elif num_tokens <= 16 and outputs > 4096:
+        return _MANY_ROWS
+    else:
+        choice = _BF16_TILES[num_tokens > 32 :]
+    fitting = [t for t in choice if t.tokens < 2 * num_tokens] or choice[:1]
+    for tiles in fitting:
+        if _programs(tiles, num_tokens, outputs) <= MULTIPROCESSORS:
+            return tiles
+    return fitting[-1]
+
+
+def _programs(tiles: Tiles, num_tokens: int, outputs: int) -> int:
+    return int(triton.cdiv(outputs, tiles.outputs) * triton.cdiv(num_tokens, tiles.tokens))
+
+
+def _product(
+    x_TNI: Tensor, w_NOI: Tensor, out_TNO: Tensor, x_scale: Tensor | None, w_scale: Tensor | None
+) -> None:
+    num_tokens, num, inputs = x_TNI.shape
+    outputs = w_NOI.shape[1]
+    if (
+        tuple(w_NOI.shape) != (num, outputs, inputs)
+        or tuple(out_TNO.shape) != (num_tokens, num, outputs)
+        or (x_TNI.stride(2) != 1 and inputs > 1)
+        or (out_TNO.stride(2) != 1 and outputs > 1)
+        or not w_NOI.is_contiguous()
+    ):
+        raise ValueError(
+            f"x {list(x_TNI.shape)}, w {list(w_NOI.shape)} and out {list(out_TNO.shape)} are not "
+            "[T, N, I], [N, O, I] and [T, N, O] with channels side by side"
+        )
+    if num_tokens == 0:
+        return
+    hopper = _is_hopper(x_TNI.device)
+    tiles = tiles_for(num, num_tokens, outputs, inputs, w_NOI.dtype, hopper=hopper)
+    describable = hopper and num == 1 and tiles is not _FEW_LONG_ROWS
+    if describable and _described(x_TNI, w_NOI, out_TNO, tiles):
+        return
+    part = part_channels(num, outputs, inputs, w_NOI.dtype)
+    num_parts = triton.cdiv(inputs, part)
+    programs = _programs(tiles, num_tokens, outputs)
+    spread = num_parts > 1 and num * programs * num_parts <= 2 * MULTIPROCESSORS
+    partial, counts = out_TNO, out_TNO
+    if spread:
+        partial = torch.empty(
+            num_parts, num, num_tokens, outputs, device=x_TNI.device, dtype=torch.float32
+        )
+        counts = counters(x_TNI.device, num * programs)
+    by_pointers[(programs, num, num_parts if spread else 1)](
+        x_TNI, w_NOI, out_TNO, x_scale, w_scale, partial, counts,
+        num_tokens, outputs, inputs, part,
+        x_TNI.stride(0), x_TNI.stride(1), out_TNO.stride(0), out_TNO.stride(1),
+        BLOCK_O=tiles.outputs, BLOCK_T=tiles.tokens, BLOCK_I=tiles.channels,
+        EVEN=inputs % tiles.channels == 0, SCALED=x_scale is not None, PARTS=num_parts,
+        SPREAD=spread, TOKENS_FIRST=tiles.tokens_first,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    """Or newer; Triton's interpreter, on a CPU, counts as one."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _described(x_T1I: Tensor, w_1OI: Tensor, out_T1O: Tensor, tiles: Tiles) -> bool:
+    """Whether the copy engine can read and write these bf16 operands; then the product is made."""
+    rows = (x_T1I[:, 0], w_1OI[0], out_T1O[:, 0])
+    if any(r.dtype != torch.bfloat16 or r.stride(0) % 8 or r.data_ptr() % 16 for r in rows):
+        return False
+    num_tokens, outputs, inputs = len(x_T1I), w_1OI.shape[1], w_1OI.shape[2]
+    boxes = (
+        [tiles.tokens, tiles.channels],
+        [tiles.outputs, tiles.channels],
+        [tiles.tokens, tiles.outputs],
+    )
+    by_descriptors[(_programs(tiles, num_tokens, outputs),)](
+        *(TensorDescriptor.from_tensor(r, box) for r, box in zip(rows, boxes, strict=True)),
+        num_tokens, outputs, inputs,
+        BLOCK_O=tiles.outputs, BLOCK_T=tiles.tokens, BLOCK_I=tiles.channels,
+        TOKENS_FIRST=tiles.tokens_first, LOOPED=tiles.warps == 8,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return True

@@ -1,0 +1,66 @@
+# ruff: noqa: ANN001, ANN201, ANN202  (what Triton compiles has no Python types)
+"""Rows to e4m3 with an fp32 scale per 128 channels: the bytes of codec "float8" (`comms/codecs.py`).
+
+    scale = max(amax, 1e-4) / 448        q = e4m3(x / scale), to the nearest, ties to even
+
+Both divisions are IEEE's, as on a CPU. A block with a NaN or an Inf gets the scale Inf and zeros, and so
+decodes to NaN throughout. Magnitudes are compared as integers, among which a NaN is the greatest.
+
+R rows, H hidden, B blocks of 128 channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from experts.kernels.types import BLOCK, QuantizedRows
+
+_FEW_ROWS = 256  # wait for memory rather than fill it: more threads for each
+
+
+def quantize(x_RH: Tensor) -> QuantizedRows:
+    """q_RH and scale_RB of bf16 (or fp32) rows, H a multiple of 128. A row's bytes depend on it alone."""
+    num_rows, hidden = x_RH.shape
+    if hidden % BLOCK or not x_RH.is_contiguous():
+        raise ValueError(
+            f"quantize needs contiguous rows of a multiple of {BLOCK}: {list(x_RH.shape)}"
+        )
+    blocks = hidden // BLOCK
+    q_RH = torch.empty((num_rows, hidden), dtype=torch.float8_e4m3fn, device=x_RH.device)
+    scale_RB = torch.empty((num_rows, blocks), dtype=torch.float32, device=x_RH.device)
+    group = next(g for g in (8, 4, 2, 1) if blocks % g == 0)  # blocks of a program
+    if num_rows:
+        _quantize[(num_rows * (blocks // group),)](
+            x_RH,
+            q_RH,
+            scale_RB,
+            GROUP=group,
+            num_warps=max(1, group // (2 if num_rows <= _FEW_ROWS else 4)),
+        )
+    return QuantizedRows(q_RH=q_RH, scale_RB=scale_RB)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _quantize(x, q_out, scale_out, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+    blocks = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)
+    at = blocks[:, None] * 128 + tl.arange(0, 128)[None, :]
+    q, scale = quantize_blocks(tl.load(x + at).to(tl.float32))
+    tl.store(q_out + at, q)
+    tl.store(scale_out + blocks, scale)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def quantize_blocks(values):  # type: ignore[no-untyped-def]
+    """(q, scale) of fp32 values [blocks, 128], for any kernel that quantises."""
+    magnitude = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    peak = tl.max(magnitude, 1)
+    refused = peak >= 0x7F800000
+    amax = tl.where(refused, 1.0, peak.to(tl.float32, bitcast=True))
+    scale = tl.div_rn(tl.maximum(amax, 1e-4), tl.full(amax.shape, 448.0, tl.float32))
+    values = tl.where(refused[:, None], 0.0, values)
+    scaled = tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape))
+    scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
+    return scaled.to(tl.float8e4nv), tl.where(refused, float("inf"), scale)

@@ -1,0 +1,36 @@
+"""The kernels around the experts where there is no GPU: all of them in one interpreting process."""
+
+import pytest
+import torch
+
+
+def checks() -> None:
+    from tests.gpu import (
+        test_choose,
+        test_combine,
+        test_cuda_moe,
+        test_cuda_moe_ranks,
+        test_quantize,
+        test_sort,
+    )
+    from tests.gpu.rounding import round_as_hardware
+
+    round_as_hardware()
+    torch.manual_seed(1)
+    cpu = torch.device("cpu")
+    test_sort.check(cpu)
+    test_quantize.check(cpu, [(5, 128), (7, 384)])
+    test_quantize.check_swiglu(cpu, [(3, 64), (5, 192)])
+    test_combine.check(cpu)
+    test_combine.check_fixed(cpu)
+    test_choose.check(cpu, tokens=3)
+    test_choose.check_the_rest(cpu)
+    test_choose.check_large_ranges(cpu)
+    test_cuda_moe.check_small(cpu)
+    test_cuda_moe_ranks.check_small(cpu)
+
+
+def test_kernels_around_the_experts(interpreted) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the kernels themselves are tested here")
+    interpreted("tests.gpu.test_cuda_moe_interpreted:checks", timeout_s=280)
