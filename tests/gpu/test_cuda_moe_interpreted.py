@@ -1,6 +1,5 @@
 """The kernels around the experts where there is no GPU: all of them in one interpreting process."""
 
-import pytest
 import torch
 
 
@@ -31,6 +30,4 @@ def checks() -> None:
 
 
 def test_kernels_around_the_experts(interpreted) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("the kernels themselves are tested here")
     interpreted("tests.gpu.test_cuda_moe_interpreted:checks", timeout_s=280)

@@ -53,8 +53,6 @@ def interpreted_errors() -> None:
 
 
 def test_interpreted(interpreted) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("compiled kernels are tested here")
     interpreted("tests.gpu.test_grouped:interpreted_errors")
 
 
