@@ -350,7 +350,8 @@ def test_closed_groups_leave_no_sockets_and_no_threads(rank_pool) -> None:
     first = rank_pool.run(fds_and_old_threads, THREE, **TCP)
     for _ in range(3):
         last = rank_pool.run(fds_and_old_threads, THREE, **TCP)
-    assert last == first
+    # Fewer is fine: what an earlier test of the pool left may be gone by now.
+    assert all(now <= before for (now, _), (before, _) in zip(last, first, strict=True))
     assert all(old == [] for _, old in last)
 
 

@@ -78,7 +78,8 @@ class TestReadersThatLeave:
         eventually(lambda: slow_serving.num_in_flight() == 0, "still in flight")
         with official_client(slow_serving) as api:
             assert api.completions.create(model="tiny", prompt="x", max_tokens=2).usage
-        assert caplog.records == []
+        # (The client tells of its requests too, where something has turned logging on.)
+        assert [record for record in caplog.records if not record.name.startswith("httpx")] == []
 
 
 def test_a_slow_reader_is_cut_off_and_holds_up_nobody():
