@@ -44,6 +44,12 @@ class ForwardBatch:
     def num_tokens(self) -> int:
         return len(self.token_ids_T)
 
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raise ValueError for ids outside the vocabulary."""
+        ids_T = self.token_ids_T
+        if bool(((ids_T < 0) | (ids_T >= vocab_size)).any()):
+            raise ValueError(f"token ids must be in [0, {vocab_size}), got {ids_T.tolist()}")
+
     def split(self, parts: int) -> list[ForwardBatch]:
         """As `parts` batches of consecutive tokens, as equal as can be; some may be empty."""
         if parts == 1:

@@ -139,6 +139,7 @@ class Transformer:
             rotation=self.rotary.at(batch.positions_T),
             plan=AttentionPlan.build(batch, kv.block_size),
         )
+        batch.check_token_ids(self.config.vocab_size)
         x_OH = self._embed(batch.token_ids_T, rows)
         for layer, cache in zip(self.layers, kv.layers, strict=True):
             x_OH = yield from layer.steps(x_OH, step, cache)
@@ -146,10 +147,8 @@ class Transformer:
 
     def _embed(self, token_ids_T: Tensor, rows: TokenRows) -> Tensor:
         """Each rank looks up its part of the vocabulary; the sum over ranks has one term."""
-        size = self.config.vocab_size
-        if bool(((token_ids_T < 0) | (token_ids_T >= size)).any()):
-            raise ValueError(f"token ids must be in [0, {size}), got {token_ids_T.tolist()}")
-        local_T = token_ids_T - shard(size, self.tp.size, self.tp.idx).start
+        mine = shard(self.config.vocab_size, self.tp.size, self.tp.idx)
+        local_T = token_ids_T - mine.start
         elsewhere_T1 = ((local_T < 0) | (local_T >= len(self.embedding))).unsqueeze(1)
         found_TH = self.embedding[local_T.clamp(0, len(self.embedding) - 1)]
         return rows.scatter_sum(found_TH.masked_fill(elsewhere_T1, 0))

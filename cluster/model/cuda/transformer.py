@@ -166,7 +166,7 @@ class CudaTransformer:
         Writes the tokens' keys and values to `kv`, made by `new_cache`. Raises ValueError for token
         ids outside the vocabulary, CommTimeout if a peer did not come in the pass before.
         """
-        _check_ids(batch.token_ids_T, self.config.vocab_size)
+        batch.check_token_ids(self.config.vocab_size)  # here: the device would stop for good
         if self.exchange is not None:
             self.exchange.check()
         if batch.num_tokens == 0:
@@ -244,9 +244,3 @@ def kernel_ops() -> Ops:
             "device = cuda needs Triton: pip install 'expertmesh[gpu]'"
         ) from error
     return KernelOps()
-
-
-def _check_ids(token_ids_T: Tensor, vocab_size: int) -> None:
-    """On the host: the device would stop at once and for good."""
-    if bool(((token_ids_T < 0) | (token_ids_T >= vocab_size)).any()):
-        raise ValueError(f"token ids must be in [0, {vocab_size}), got {token_ids_T.tolist()}")
