@@ -78,13 +78,13 @@ class CommsConfig(Section):
     """Between nodes: our TCP transport, or gloo's."""
     dispatch_dtype: WireDtype = "bfloat16"
     """How tokens travel. bfloat16: rows as they are (fp32 stays fp32). float8: e4m3 with one scale
-    per 128 channels."""
+    per 128 channels. Between GPUs they travel as experts take them: in float8 where weights are."""
     combine: CombineMode = "fixed"
     """How a token's expert outputs add up. fixed: in integers, the same bits wherever experts are.
     node: in floating point, each node's sum carried by combine_dtype. exact: every expert row
     returns, which moves the most bytes."""
     combine_dtype: WireDtype = "bfloat16"
-    """What carries the sums of combine node: any of the names of dispatch_dtype."""
+    """What carries the sums of combine node: any of the names of dispatch_dtype; bfloat16 between GPUs."""
     timeout_s: Seconds = 60.0
     """How long a rank waits for another before the step fails, naming both."""
 
@@ -286,10 +286,11 @@ class ServeConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights, activations and KV cache."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """What computes. cuda: one NVIDIA GPU for each rank (extra: gpu), in bfloat16; layouts of one rank."""
-    quantization: Literal["fp8"] | None = None
+    """What computes. cuda: one NVIDIA GPU for each rank (extra: gpu), in bfloat16."""
+    quantization: Literal["fp8", "bfloat16"] | None = None
     """Of large matrices, as they are loaded, with device cuda. fp8: e4m3 with one scale for each 128 x 128
-    weights, and for each 128 channels of what they are multiplied with."""
+    weights, and for each 128 channels of what they are multiplied with. bfloat16: an FP8 checkpoint is
+    dequantised, as device cpu does. None: as the checkpoint has them."""
     max_model_len: Annotated[int, Field(ge=2, le=1 << 24)] | None = None
     """Longest prompt plus completion, in tokens. None: the checkpoint's own limit."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
@@ -322,12 +323,20 @@ class ServeConfig(Section):
             raise ValueError(f"quantization = {self.quantization!r} needs device = 'cuda'")
         if self.device == "cuda" and self.dtype != "bfloat16":
             raise ValueError(f"device = 'cuda' needs dtype = 'bfloat16', not {self.dtype!r}")
-        if self.device == "cuda" and self.parallel.world_size > 1:
-            raise ValueError(
-                "device = 'cuda' needs parallel.num_nodes = parallel.ranks_per_node = 1, "
-                f"not {self.parallel.num_nodes} x {self.parallel.ranks_per_node}"
-            )
+        if self.device == "cuda":
+            self._a_layout_is_one_of_gpus()
         return self
+
+    def _a_layout_is_one_of_gpus(self) -> None:
+        parallel, comms = self.parallel, self.comms
+        if parallel.world_size > 1 and comms.combine == "exact":
+            raise ValueError(
+                "device = 'cuda' with several ranks needs comms.combine = 'fixed' or 'node', not 'exact'"
+            )
+        if self.experts.split not in ("auto", "static"):
+            raise ValueError(
+                f"device = 'cuda' needs experts.split = 'auto' or 'static', not {self.experts.split!r}"
+            )
 
     @property
     def model_name(self) -> str:

@@ -155,15 +155,15 @@ class Controller:
 
     async def _load_workers(self) -> None:
         """Raises StartupError, which names the ranks that were not ready in time."""
-        hosts = await self._find_hosts()
+        hosts, gpus = await self._find_places()
         (store_address,) = await self._startup.all_ranks(
             "opening the store that ranks meet at", [self._workers[0].host_store.remote(hosts[0])]
         )
         reports = await self._startup.all_ranks(
             f"connecting {len(hosts)} ranks and loading {self._config.model}",
             [
-                worker.load.remote(store_address, host)
-                for worker, host in zip(self._workers, hosts, strict=True)
+                worker.load.remote(store_address, host, near)
+                for worker, host, near in zip(self._workers, hosts, gpus, strict=True)
             ],
         )
         for report in reports:
@@ -179,17 +179,22 @@ class Controller:
         call = self._workers[rank].doing.options(concurrency_group="watch")
         return str(await call.remote())
 
-    async def _find_hosts(self) -> list[str]:
-        """The address each rank listens on: loopback unless ranks are on several hosts."""
+    async def _find_places(self) -> tuple[list[str], list[list[str]]]:
+        """For each rank the address it listens on, loopback unless ranks are on several hosts, and the GPUs
+        of all ranks of its host, its own first."""
         places = await self._startup.all_ranks(
             f"starting {len(self._workers)} rank processes",
             [worker.where.remote() for worker in self._workers],
         )
         here = ray.get_runtime_context().get_node_id()
-        if all(node_id == here for node_id, _ in places):
-            return [LOOPBACK] * len(places)
+        gpus = [
+            [near.gpu for near in (place, *places) if near.gpu and near.node_id == place.node_id]
+            for place in places
+        ]
+        if all(place.node_id == here for place in places):
+            return [LOOPBACK] * len(places), gpus
         self._host = ray.util.get_node_ip_address()
-        return [ip for _, ip in places]
+        return [place.address for place in places], gpus
 
     async def _open_for_requests(
         self, model_config: ModelConfig, credentials: Credentials

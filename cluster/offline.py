@@ -17,6 +17,7 @@ from cluster.engine.mailbox import Frame, LocalMailbox
 from cluster.engine.plan import Logits, PlanItem, StepPlan, block_table
 from cluster.engine.runner import Runner
 from cluster.engine.sampling_params import SamplingParams
+from cluster.gpus import take_gpu
 from cluster.model.batch import ForwardBatch
 from cluster.scripted import Change, Script
 from comms.groups import ParallelGroups
@@ -50,6 +51,8 @@ def generate(
     nothing on followers. Raises OfflineError when a request ends with an error, or before all
     changes are in force.
     """
+    if config.device == "cuda":
+        take_gpu(groups.rank)
     topology = groups.topology
     mine = requests[topology.replica_of(groups.rank) :: topology.num_replicas]
     is_leader = topology.tp_rank_of(groups.rank) == 0
@@ -81,6 +84,8 @@ def prefill_logits(
 
     Each prompt is one prefill step of its own, the same on every replica.
     """
+    if config.device == "cuda":
+        take_gpu(groups.rank)
     with closing(Runner.load(config, groups)) as runner:
         batches = [_whole_prompt(prompt, runner.cache.block_size) for prompt in prompts]
         logits = [runner.model.forward(batch, runner.cache) for batch in batches]

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
@@ -17,6 +17,7 @@ from cluster.engine.link_keys import LinkKeys
 from cluster.engine.mailbox import ZmqMailbox
 from cluster.engine.step_recorder import StepRecorder
 from cluster.engine.warm_up import warm_up
+from cluster.gpus import see_gpus
 from comms.groups import ParallelGroups
 from comms.store import connect_store, host_store
 from comms.topology import Topology
@@ -28,6 +29,15 @@ NICENESS = 5
 and every refusal, for the little processor time that it needs. Threads inherit it from the first."""
 
 logger = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """Where a rank is: Ray's node id, the IP address of that host, and Ray's name of the GPU that it has
+    there, if it has one."""
+
+    node_id: str
+    address: str
+    gpu: str | None
 
 
 class Worker:
@@ -47,9 +57,10 @@ class Worker:
         self._engine: Leader | Follower | None = None
         self._doing = "started"
 
-    def where(self) -> tuple[str, str]:
-        """(Ray node id, IP address) of the host we run on."""
-        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+    def where(self) -> Place:
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids()["GPU"] if self._config.device == "cuda" else []
+        return Place(context.get_node_id(), ray.util.get_node_ip_address(), next(iter(gpus), None))
 
     def doing(self) -> str:
         """What this rank is at, and its memory, for whoever waits for it to start."""
@@ -61,12 +72,14 @@ class Worker:
         self._store, address = host_store(host, self._config.ray.startup_timeout_s)
         return address
 
-    def load(self, store_address: str, host: str) -> dict[str, Any]:
+    def load(self, store_address: str, host: str, gpus: Sequence[str] = ()) -> dict[str, Any]:
         """Connect to the other ranks from our address `host`; load this rank's share of the model.
 
-        Returns {"rank", "memory": bytes by kind, "mailbox": the leader's address or None,
+        gpus: of all ranks on this host, ours first. Returns {"rank", "memory": bytes by kind, "mailbox": the leader's address or None,
         "placement": of the experts on all ranks, from rank 0; None from the others}.
         """
+        if gpus:
+            see_gpus(gpus)
         self._doing = "connecting to the other ranks"
         self._groups = ParallelGroups.connect(
             self._topology,

@@ -16,7 +16,7 @@ from comms.group import CommError, CommTimeout, Group
 from comms.links import LinkSpeed, measure_links
 from comms.shm import ShmGroup
 from comms.solo import SoloGroup
-from comms.store import PrefixStore, TCPStore
+from comms.store import PrefixStore, Store, TCPStore
 from comms.tcp import TcpGroup
 from comms.topology import Topology
 from comms.where import Where
@@ -42,7 +42,8 @@ class ParallelGroups:
     leaders: the leader of every replica; None on other ranks. where: the step and layer that this
     rank is in, for the errors of all groups; whoever runs the model writes it. links: how fast the
     rails are, the same on all ranks; None where that was not measured or there is one node.
-    host: our address for peers.
+    host: our address for peers. store: of this epoch, where all ranks meet; None for a world of one that
+    was made without.
     """
 
     topology: Topology
@@ -56,6 +57,7 @@ class ParallelGroups:
     where: Where = field(default_factory=Where)
     links: LinkSpeed | None = None
     host: str = "127.0.0.1"
+    store: Store | None = None
 
     @classmethod
     def connect(
@@ -118,7 +120,7 @@ class ParallelGroups:
 
         groups = cls._build(topology, rank, epoch, group, where)
         links = measure_links(groups.rail, groups.world) if with_links else None
-        return replace(groups, links=links, host=host)
+        return replace(groups, links=links, host=host, store=scoped)
 
     @classmethod
     def _build(

@@ -22,18 +22,27 @@ are void, and the dispatcher with them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from comms.kernels.combine import combine_rows
 from comms.kernels.dispatch import dispatch_rows, wait_for_rows
+from comms.kernels.rail import forward_rows
+from comms.rail_record import RailRecord
 from comms.store import Store
 from comms.symmetric_layout import BUFFERS, PROGRAMS, SymmetricLayout
 from comms.symmetric_memory import SymmetricMemory
 from comms.symmetric_report import Report
 from comms.symmetric_tiles import Tiles
-from comms.symmetric_types import Received, SymmetricHandle, check_tensor
+from comms.symmetric_types import (
+    Received,
+    SymmetricHandle,
+    check_arguments,
+    check_tensor,
+)
 from comms.where import Where
 
 __all__ = ["PendingRows", "PendingSums", "Received", "SymmetricDispatcher", "SymmetricHandle"]
@@ -43,7 +52,8 @@ class SymmetricDispatcher:
     """Raises ValueError for tensors that cannot be, CommTimeout and CommError as in `check`.
 
     timeout_s: how long a kernel waits for a peer. where: the step and layer that errors name. programs:
-    of a kernel at most, None for what is fastest; with 24 of them the GPU has room for other work.
+    of a kernel at most, None for what is fastest; with 24 of them the GPU has room for other work. ranks:
+    of the world, by rank of the node, as errors name them; None where there is one node.
     """
 
     def __init__(
@@ -54,6 +64,7 @@ class SymmetricDispatcher:
         where: Where | None = None,
         timeout_s: float = 60.0,
         programs: int | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> None:
         if layout.world_size != memory.world_size or memory.bytes.numel() < layout.num_bytes:
             raise ValueError(
@@ -71,12 +82,15 @@ class SymmetricDispatcher:
             torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 1
         )
         self.tiles = Tiles(layout, multiprocessors, programs)
-        self._turn = 0
+        self.turn = 0
+        """Of the next dispatch: which of the buffers it uses, the same on all ranks."""
         self._tables = [self._table(buffer) for buffer in range(BUFFERS)]
         # How many signals each program has given, and how many it has waited for, by kind and buffer.
         state = (2, BUFFERS, 2, PROGRAMS)
         self._state = torch.zeros(state, dtype=torch.int64, device=device)
-        self._report = Report(self.rank, layout.world_size, device, self.where, timeout_s)
+        self.report = Report(
+            self.rank, ranks or range(layout.world_size), device, self.where, timeout_s
+        )
         limit = np.nextafter(np.float32(2**31 / layout.num_topk), np.float32(0))
         self._constants = {
             "WORLD": layout.world_size,
@@ -128,9 +142,9 @@ class SymmetricDispatcher:
         the latter for combine "fixed". T <= N. `waits`: the same kernel waits for the others' rows.
         """
         self.check()
-        self._check_arguments(x_TH, slots_TK, weights_TK, range_T)
-        buffer, num_rows = self._turn % BUFFERS, self.num_rows
-        self._turn += 1
+        buffer, num_rows = self.turn % BUFFERS, self.num_rows
+        check_arguments(self.layout, num_rows, x_TH, slots_TK, weights_TK, range_T)
+        self.turn += 1
         handle = SymmetricHandle(
             buffer=buffer,
             num_rows=num_rows,
@@ -141,8 +155,8 @@ class SymmetricDispatcher:
         tile = self.tiles.dispatch(num_rows)
         dispatch_rows[(tile.programs,)](
             x_TH, slots_TK, weights_TK, weights_TK if range_T is None else range_T,
-            self._tables[buffer], self._state[0, buffer], self._report.failed,
-            self._report.lines[0], len(x_TH), num_rows, self.rank, self._report.deadline_ns,
+            self._tables[buffer], self._state[0, buffer], self.report.failed,
+            self.report.lines[0], len(x_TH), num_rows, self.rank, self.report.deadline_ns,
             SLOTS_PER_RANK=self.layout.slots_per_rank,
             FLOAT8=self.layout.dispatch_dtype == "float8", RANGED=self.layout.combine == "fixed",
             PADDED_H=tile.channels, SIGNALS=self._signals, WAITS=waits, **self._constants, **tile.options,
@@ -159,6 +173,49 @@ class SymmetricDispatcher:
         """start_dispatch and its wait, in one kernel."""
         pending = self.start_dispatch(x_TH, slots_TK, weights_TK, range_T, waits=True)
         return pending.wait(), pending.handle
+
+    def start_forward(
+        self,
+        records: Tensor,
+        rows_of_source: int,
+        node: int,
+        told: tuple[Tensor, Tensor],
+        arrived_M: Tensor | None = None,
+        *,
+        waits: bool = False,
+    ) -> PendingRows:
+        """Like start_dispatch, of rows that came packed from all nodes, V = `num_rows` of them.
+
+        records: int32 [V, words], see `comms/rail_record.py`, rows_of_source of each node, of which only
+        the first arrived_M (int32; None: all) are there; node: mine. told: see `comms/rail_watch.py`.
+        The handle's slots are those of the records, among this node's.
+        """
+        self.check()
+        layout, record = self.layout, RailRecord(self.layout)
+        shape, num_rows = (self.num_rows, layout.num_topk), self.num_rows
+        check_tensor("records", records, (torch.int32,), (num_rows, record.words))
+        buffer = self.turn % BUFFERS
+        self.turn += 1
+        slots_VK = torch.empty(shape, dtype=torch.int32, device=records.device)
+        handle = SymmetricHandle(
+            buffer=buffer,
+            num_rows=num_rows,
+            slots_TK=slots_VK,
+            range_T=None,
+            received=self._received(buffer, num_rows),
+        )
+        tile = self.tiles.dispatch(num_rows)
+        forward_rows[(tile.programs,)](
+            slots_VK, records, slots_VK if arrived_M is None else arrived_M, self._tables[buffer],
+            self._state[0, buffer], self.report.failed, self.report.lines[0], *told, num_rows,
+            rows_of_source, node, self.rank, self.report.deadline_ns,
+            SLOTS_PER_RANK=layout.slots_per_rank, PADDED_WORDS=tile.channels * layout.row_dtype.itemsize // 4,
+            RECORD=record.words, SCALES_AT=record.scales_at, SLOTS_AT=record.slots_at,
+            FLOAT8=layout.dispatch_dtype == "float8", RANGED=layout.combine == "fixed",
+            COUNTED=arrived_M is not None, SIGNALS=self._signals, WAITS=waits, **self._constants,
+            **tile.options,
+        )  # fmt: skip
+        return PendingRows(self, handle, is_here=waits or not self._signals)
 
     def start_combine(
         self, y_PH: Tensor, place_RK: Tensor | None, handle: SymmetricHandle
@@ -196,7 +253,10 @@ class SymmetricDispatcher:
     def check(self) -> None:
         """Raise CommTimeout if a kernel gave up on a peer, CommError if ranks expected different
         numbers of tokens; both name the first failure. Needs no synchronisation, sees what is done."""
-        self._report.check(self.num_rows)
+        self.report.check(self.num_rows)
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
 
     # -- what is where -----------------------------------------------------------------------
 
@@ -227,21 +287,6 @@ class SymmetricDispatcher:
 
     # -- checks ------------------------------------------------------------------------------
 
-    def _check_arguments(
-        self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, range_T: Tensor | None
-    ) -> None:
-        layout, num_tokens = self.layout, len(x_TH)
-        check_tensor("x_TH", x_TH, (torch.bfloat16,), (num_tokens, layout.hidden))
-        pairs = (num_tokens, layout.num_topk)
-        check_tensor("slots_TK", slots_TK, (torch.int32, torch.int64), pairs)
-        check_tensor("weights_TK", weights_TK, (torch.float32,), pairs)
-        if layout.combine == "fixed":
-            if range_T is None:
-                raise ValueError('combine "fixed" needs range_T, got None')
-            check_tensor("range_T", range_T, (torch.float32,), (num_tokens,))
-        if num_tokens > self.num_rows:
-            raise ValueError(f"expected at most {self.num_rows} tokens a rank, got {num_tokens}")
-
     def _check_outputs(
         self, y_PH: Tensor, place_RK: Tensor | None, handle: SymmetricHandle
     ) -> None:
@@ -267,8 +312,8 @@ class PendingRows:
         if not self._is_here:
             d, buffer, num_rows = self._dispatcher, self.handle.buffer, self.handle.num_rows
             wait_for_rows[(d.tiles.dispatch(num_rows).programs,)](
-                d._tables[buffer], d._state[0, buffer], d._report.failed, d._report.lines[0], num_rows,
-                d.rank, d._report.deadline_ns, WORLD=d.layout.world_size, num_warps=1,
+                d._tables[buffer], d._state[0, buffer], d.report.failed, d.report.lines[0], num_rows,
+                d.rank, d.report.deadline_ns, WORLD=d.layout.world_size, num_warps=1,
             )  # fmt: skip
             self._is_here = True
         return self.handle.received
@@ -295,11 +340,15 @@ class PendingSums:
         return self.launch(sends=False, adds=True, extra_TH=extra_TH)
 
     def launch(self, *, sends: bool, adds: bool, extra_TH: Tensor | None = None) -> Tensor:
-        """out_TH, which only a kernel that adds has filled."""
+        """out_TH, which only a kernel that adds has filled; [T, sum_columns] in a node of several."""
         d, handle, received = self._dispatcher, self._handle, self._handle.received
         num_tokens, buffer, num_rows = len(handle.slots_TK), handle.buffer, handle.num_rows
-        shape = (num_tokens if adds else 0, d.layout.hidden)
-        out_TH = torch.empty(shape, dtype=torch.bfloat16, device=d.memory.device)
+        is_part, sums = d.layout.of_several, RailRecord(d.layout)
+        columns, dtype = d.layout.hidden, torch.bfloat16
+        if is_part:
+            columns, dtype = sums.sum_columns, sums.sum_dtype
+        shape = (num_tokens if adds else 0, columns)
+        out_TH = torch.empty(shape, dtype=dtype, device=d.memory.device)
         if extra_TH is not None:
             check_tensor("extra_TH", extra_TH, (torch.bfloat16,), shape)
         sends &= d.layout.world_size > 1
@@ -309,10 +358,10 @@ class PendingSums:
             out_TH, out_TH if extra_TH is None else extra_TH, handle.slots_TK,
             received.weights_RK if handle.range_T is None else handle.range_T,
             self._y_PH, self._places, received.local_slots_RK, received.weights_RK, self._ranges,
-            d._tables[buffer], d._state[1, buffer], d._report.failed, d._report.lines[1], num_tokens,
-            num_rows, d.rank, tile.chunk, d._limit, d._report.deadline_ns,
+            d._tables[buffer], d._state[1, buffer], d.report.failed, d.report.lines[1], num_tokens,
+            num_rows, d.rank, tile.chunk, d._limit, d.report.deadline_ns,
             SLOTS_PER_RANK=d.layout.slots_per_rank, SUMMED=self._is_summed,
             FIXED=d.layout.combine == "fixed", EXTRA=extra_TH is not None, SENDS=sends, ADDS=adds,
-            SPLIT=is_split, SIGNALS=d._signals, BLOCK_H=tile.channels, **d._constants, **tile.options,
+            SPLIT=is_split, SIGNALS=d._signals, PART=is_part, COLUMNS=columns, BLOCK_H=tile.channels, **d._constants, **tile.options,
         )  # fmt: skip
         return out_TH

@@ -8,6 +8,8 @@ come from, combine: where sums come from), then the flags that say what has arri
     rows      bfloat16 or e4m3 [H]      slots     int32 [K]      partials  bfloat16 or int16 [H]
     scales    fp32 [B], float8 only     weights   fp32 [K]       wide      int32 [H], fixed only
                                         ranges    fp32, fixed    forms     int32, fixed only
+
+A node of several (`of_several`) has partials in fp32, in `wide`, unless they are integers.
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,10 @@ SumMode = Literal["node", "fixed"]
 
 @dataclass(frozen=True, kw_only=True)
 class SymmetricLayout:
-    """What all ranks of a node agree on. Raises ValueError for what the kernels cannot do."""
+    """What all ranks of a node agree on. Raises ValueError for what the kernels cannot do.
+
+    of_several: this node is one of several, whose sums are still to be added up (`comms/nodes.py`).
+    """
 
     world_size: int
     slots_per_rank: int
@@ -35,6 +40,7 @@ class SymmetricLayout:
     capacity: int
     dispatch_dtype: DispatchDtype = "bfloat16"
     combine: SumMode = "node"
+    of_several: bool = False
 
     def __post_init__(self) -> None:
         if self.dispatch_dtype not in ("bfloat16", "float8"):
@@ -61,14 +67,15 @@ class SymmetricLayout:
         """Of each region of one buffer, in the order of the table of `comms/kernels/dispatch.py`."""
         rows = self.world_size * self.capacity
         float8, fixed = self.dispatch_dtype == "float8", self.combine == "fixed"
+        is_wide = fixed or self.of_several
         sizes = (
             rows * self.hidden * self.row_dtype.itemsize,
             rows * (self.hidden // BLOCK) * 4 if float8 else 0,
             rows * self.num_topk * 4,
             rows * self.num_topk * 4,
             rows * 4 if fixed else 0,
-            rows * self.hidden * 2,
-            rows * self.hidden * 4 if fixed else 0,
+            rows * self.hidden * 2 if fixed or not self.of_several else 0,
+            rows * self.hidden * 4 if is_wide else 0,
             rows * 4 if fixed else 0,
             self.world_size * PROGRAMS * 8,
             self.world_size * PROGRAMS * 8,

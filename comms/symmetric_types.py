@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from comms.symmetric_layout import SymmetricLayout
+
 
 @dataclass(frozen=True, kw_only=True)
 class Received:
@@ -37,6 +39,28 @@ class SymmetricHandle:
     slots_TK: Tensor
     range_T: Tensor | None
     received: Received
+
+
+def check_arguments(
+    layout: SymmetricLayout,
+    num_rows: int,
+    x_TH: Tensor,
+    slots_TK: Tensor,
+    weights_TK: Tensor,
+    range_T: Tensor | None,
+) -> None:
+    """Raise ValueError for what cannot be dispatched, `num_rows` being the most tokens of a rank."""
+    num_tokens = len(x_TH)
+    check_tensor("x_TH", x_TH, (torch.bfloat16,), (num_tokens, layout.hidden))
+    pairs = (num_tokens, layout.num_topk)
+    check_tensor("slots_TK", slots_TK, (torch.int32, torch.int64), pairs)
+    check_tensor("weights_TK", weights_TK, (torch.float32,), pairs)
+    if layout.combine == "fixed":
+        if range_T is None:
+            raise ValueError('combine "fixed" needs range_T, got None')
+        check_tensor("range_T", range_T, (torch.float32,), (num_tokens,))
+    if num_tokens > num_rows:
+        raise ValueError(f"expected at most {num_rows} tokens a rank, got {num_tokens}")
 
 
 def check_tensor(

@@ -8,29 +8,39 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cluster.model.config import ModelConfig
 from cluster.model.errors import CheckpointError, UnsupportedModelError
 from comms.launch import RankError
 from simulations.hardware import calibrate
 from simulations.presets import load_model
 
 
-def calibrate_command(device: str, model_name: str | None, *, quick: bool, out: Path) -> int:
+def calibrate_command(
+    device: str, model_names: str | None, *, quick: bool, out: Path, kernels: str = "ours"
+) -> int:
     """Writes `out`; 2 for what cannot be measured or written, 1 where a rank failed."""
     try:
         _check_writable(out)
         on_gpu = _choose_gpu(device)
-        name = model_name or ("deepseek-v3" if on_gpu else "mosaic")
-        model = load_model(name)
-        measure = calibrate.gpu_calibration if on_gpu else calibrate.cpu_calibration
-        command = f"expertmesh calibrate --device {'cuda' if on_gpu else 'cpu'} --model {name}"
+        names = model_names or ("deepseek-v3" if on_gpu else "mosaic")
+        models = _models(names, kernels, on_gpu=on_gpu)
+        command = f"expertmesh calibrate --device {'cuda' if on_gpu else 'cpu'} --model {names}"
+        command += f" --kernels {kernels}" if on_gpu else ""
+        command += " --quick" if quick else ""
         console = Console(stderr=True)
         with console.status("starting") as status:
-            values = measure(
-                model,
-                name=out.stem,
-                command=command + (" --quick" if quick else ""),
-                quick=quick,
-                say=lambda part: status.update(f"measuring: {part}"),
+
+            def say(part: str) -> None:
+                status.update(f"measuring: {part}")
+
+            values = (
+                calibrate.gpu_calibration(
+                    models, kernels, name=out.stem, command=command, quick=quick, say=say
+                )
+                if on_gpu
+                else calibrate.cpu_calibration(
+                    models[0], name=out.stem, command=command, quick=quick, say=say
+                )
             )
         calibration = calibrate.write(out, values)
     except (
@@ -52,6 +62,15 @@ def _choose_gpu(device: str) -> bool:
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}")
     return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
+def _models(names: str, kernels: str, *, on_gpu: bool) -> list[ModelConfig]:
+    if kernels not in ("ours", "library"):
+        raise ValueError(f"--kernels must be ours or library, got {kernels!r}")
+    models = [load_model(name) for name in names.split(",")]
+    if len(models) > 1 and not (on_gpu and kernels == "ours"):
+        raise ValueError(f"--model: several only on a GPU with our kernels, got {names}")
+    return models
 
 
 def _check_writable(out: Path) -> None:
@@ -83,6 +102,11 @@ def _show(values: dict[str, Any]) -> None:
     for what, row in values["fidelity"].items():
         held_out.add_row(what, str(row["points"]), f"{row['median']:.1%}", f"{row['worst']:.1%}")
     console.print(held_out)
+    for row in values["measured"].get("layer", ()):
+        print(
+            f"layer of {row['experts']} experts, {row['dtype']}, {row['sequences']} sequences: "
+            f"predicted {row['predicted_us']:.1f} us, ran in {row['measured_us']:.1f} us"
+        )
     for row in values["measured"].get("step", ()):
         print(
             f"decode step, 2 x 2 ranks, {row['sequences']} sequences each: predicted "

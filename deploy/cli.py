@@ -257,8 +257,11 @@ def calibrate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     model: Annotated[
         str | None,
-        typer.Option(help="Whose sizes: a preset, or a config.json. Default: by device."),
+        typer.Option(
+            help="Whose sizes: presets (comma separated) or a config.json. Default: by device."
+        ),
     ] = None,
+    kernels: Annotated[str, typer.Option(help="On a GPU: ours, or PyTorch's (library).")] = "ours",
     quick: Annotated[bool, typer.Option("--quick", help="Few sizes, to try it.")] = False,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write it.")] = Path(
         "calibration.json"
@@ -267,7 +270,7 @@ def calibrate(
     """Measure this machine, so that `simulate` can predict clusters of it."""
     from deploy.calibrate import calibrate_command
 
-    raise typer.Exit(calibrate_command(device, model, quick=quick, out=out))
+    raise typer.Exit(calibrate_command(device, model, quick=quick, out=out, kernels=kernels))
 
 
 @app.command()

@@ -93,7 +93,9 @@ def _remove(directory: Path) -> None:
     started = _processes_of(directory)
     with suppress(Exception):  # a Ray that never came up has nothing to shut down
         ray.shutdown()
-    _end(started)
+    # Workers that it was starting meanwhile are no children of ours any more, but still bear its name.
+    late = [process for process in psutil.process_iter() if _mentions(process, str(directory))]
+    _end([*started, *late])
     shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -21,10 +21,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from experts.float8 import multiplies_float8
 from experts.kernels.choose import Choice, Tally, choose_slots
 from experts.kernels.combine import weighted_sum
 from experts.kernels.grouped import expert_ffn
-from experts.kernels.linear import linear, linear_fp32
+from experts.kernels.linear import linear, linear_fp32_parts
 from experts.kernels.quantize import quantize
 from experts.kernels.sort_by_slot import sort_by_slot
 from experts.kernels.swiglu import swiglu, swiglu_quantized
@@ -207,7 +208,7 @@ class CudaMoELayer:
         """Rows as matrices here take them; with a GPU that cannot multiply FP8, in bf16."""
         shared = self.shared_expert
         routed = self.slots.experts.is_float8 and self.exchange is None
-        if not (routed or (shared and shared.is_float8)) or not _multiplies_float8(x_TH.device):
+        if not (routed or (shared and shared.is_float8)) or not multiplies_float8(x_TH.device):
             return x_TH
         return quantize(x_TH)
 
@@ -221,11 +222,11 @@ class CudaMoELayer:
         """The gate's choice for these rows, counted."""
         gate, num_experts = self.gate, len(self.gate.weight_EH)
         if len(x_TH):
-            logits_TE = linear_fp32(x_TH, gate.weight_EH)
+            logits = linear_fp32_parts(x_TH, gate.weight_EH)
         else:  # a rank without tokens takes part in the others' step
-            logits_TE = x_TH.new_empty((0, num_experts), dtype=torch.float32)
+            logits = x_TH.new_empty((0, num_experts), dtype=torch.float32)
         choice = choose_slots(
-            logits_TE, gate.config, gate.correction_bias_E,
+            logits, gate.config, gate.correction_bias_E,
             num_tokens=num_tokens, table_E=self._table_E, gains_E=self.gains_E, tally=self._tally,
         )  # fmt: skip
         if self.record is not None:
@@ -253,11 +254,6 @@ class CudaMoELayer:
 def _wait_for(stream: torch.cuda.Stream | None, other: torch.cuda.Stream | None) -> None:
     if stream and other:
         stream.wait_stream(other)
-
-
-@cache
-def _multiplies_float8(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @cache

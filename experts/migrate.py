@@ -183,9 +183,8 @@ class Migrator:
                     "which is not prepared here"
                 )
             layer = self._layers[staged.layer]
-            for slot, weights in staged.weights.items():
-                self._out_of_force.append(layer.slots[slot])
-                layer.slots[slot] = weights
+            self._out_of_force += [layer.slots[slot] for slot in staged.weights]
+            layer.slots.replace(staged.weights)
             layer.layer_placement = staged.layer_placement
             self.placement = staged.placement
             self._staged = None

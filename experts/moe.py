@@ -22,6 +22,7 @@ from comms.dispatcher import Received, TokenDispatcher
 from experts.gains import token_ranges
 from experts.grouped import run_experts
 from experts.linear import stable_linear
+from experts.mlp import GatedMLP
 from experts.slot_choice import SlotChoice, StaticChoice
 from experts.weights import ExpertSlots
 from router.gate import Gate
@@ -92,6 +93,13 @@ class MoELayer:
         self.routed_E.zero_()
         self.tokens_per_slot_S.zero_()
         self.recent_TK = self.recent_TK[:0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its weights besides the experts in slots: gate and shared expert."""
+        bias_E, shared = self.gate.correction_bias_E, self.shared_expert
+        own = self.gate.weight_EH.nbytes + (0 if bias_E is None else bias_E.nbytes)
+        return own + (shared.num_bytes if isinstance(shared, GatedMLP) else 0)
 
     def steps(self, x_TH: Tensor) -> Generator[None, None, Tensor]:
         """forward, which yields twice: with the tokens, and with the outputs in flight."""

@@ -15,13 +15,16 @@ __all__ = ["ForwardBatch", "StepPlan", "forward_batch"]
 Ints = NDArray[np.int64]
 
 
-def forward_batch(plan: StepPlan, block_size: int) -> ForwardBatch:
-    """The tensors of the plan's forward pass, on the CPU. The same on every rank of a replica."""
+def forward_batch(plan: StepPlan, block_size: int, width: int = 0) -> ForwardBatch:
+    """The tensors of the plan's forward pass, on the CPU. The same on every rank of a replica.
+
+    `width`: of the block tables at least.
+    """
     num_T, num_B = _column(plan.counts), _column(plan.num_blocks)
     sequence_T = np.repeat(np.arange(len(plan)), num_T)
     first_row = np.cumsum(num_T) - num_T
     positions_T = np.arange(len(sequence_T)) + (_column(plan.starts) - first_row)[sequence_T]
-    tables_NB = np.zeros((len(plan), int(num_B.max(initial=0))), np.int64)
+    tables_NB = np.zeros((len(plan), int(num_B.max(initial=width))), np.int64)
     tables_NB[np.arange(tables_NB.shape[1]) < num_B[:, None]] = plan.blocks
     block_T = tables_NB[sequence_T, positions_T // block_size]
     logits = _column(plan.logits)

@@ -53,6 +53,8 @@ class Verdict:
 
     max_tokens: int
     """Of any replica in this step. 0: nobody has work."""
+    max_blocks: int
+    """Of any sequence in this step, of all replicas."""
     epoch: int
     """Of the placement that is in force from this step on."""
     stop: bool
@@ -114,15 +116,15 @@ class Leader:
         with timer.phase("schedule"):
             plan = self.scheduler.complete(plan)
         with timer.phase("broadcast"):
-            verdict = self._agree(plan.num_tokens)
-            header = [verdict.max_tokens, verdict.epoch, verdict.stop, plan.encode()]
-            self._groups.tp.broadcast_bytes(msgpack.packb(header), 0)
+            verdict = self._agree(plan)
+            header = [verdict.max_tokens, verdict.max_blocks, verdict.epoch, verdict.stop]
+            self._groups.tp.broadcast_bytes(msgpack.packb([*header, plan.encode()]), 0)
         flips = verdict.epoch != self.runner.epoch
         if flips and self._forgets_at_flip:
             self.scheduler.forget_cache()
         self.runner.flip(verdict.epoch)
         if verdict.run:
-            self._compute(plan, verdict.max_tokens)
+            self._compute(plan, verdict)
         else:
             self.runner.rest()
         if self._executor is None or verdict.stop:
@@ -138,12 +140,13 @@ class Leader:
         self._step_ms = 1000 * (monotonic() - began)
         return not verdict.stop
 
-    def _compute(self, plan: StepPlan, max_tokens: int) -> None:
+    def _compute(self, plan: StepPlan, verdict: Verdict) -> None:
+        step = plan, verdict.max_tokens, verdict.max_blocks
         if self._executor is not None:
-            self._computing = plan, self._executor.submit(self.runner.execute, plan, max_tokens)
+            self._computing = plan, self._executor.submit(self.runner.execute, *step)
             return
         done: Future[Tensor | None] = Future()
-        done.set_result(self.runner.execute(plan, max_tokens))
+        done.set_result(self.runner.execute(*step))
         self._computing = plan, done
 
     def _collect(self) -> list[TokenEvent]:
@@ -194,21 +197,24 @@ class Leader:
         else:
             self._committed = max(self._committed, epoch)
 
-    def _agree(self, num_tokens: int) -> Verdict:
-        """The lock-step vector: [tokens in my step, epoch in force, committed epoch, stop, preparing]."""
+    def _agree(self, plan: StepPlan) -> Verdict:
+        """The lock-step vector: [tokens and longest block table of my step, epoch in force, committed epoch,
+        stop, preparing]."""
         leaders = self._groups.leaders
         assert leaders is not None, "only leaders agree"
         preparing = self._arrivals.preparing
-        vote = [num_tokens, self.runner.epoch, self._committed, self._stop_requested, preparing]
+        epochs = [self.runner.epoch, self._committed]
+        vote = [plan.num_tokens, plan.max_blocks, *epochs, self._stop_requested, preparing]
         votes = leaders.all_gather(torch.tensor([vote]), [1] * leaders.size)
-        epochs = votes[:, 1].unique().tolist()
+        epochs = votes[:, 2].unique().tolist()
         if len(epochs) > 1:
             raise LockStepError(f"replicas stand at different placement epochs: {epochs}")
         return Verdict(
             max_tokens=int(votes[:, 0].max()),
-            epoch=int(votes[:, 2].min()),
-            stop=bool(votes[:, 3].all()),
-            preparing=bool(votes[:, 4].any()),
+            max_blocks=int(votes[:, 1].max()),
+            epoch=int(votes[:, 3].min()),
+            stop=bool(votes[:, 4].all()),
+            preparing=bool(votes[:, 5].any()),
         )
 
     def _frame(self, events: list[TokenEvent]) -> Frame:
@@ -235,10 +241,10 @@ class Follower:
         """One step as the leader broadcast it; False once told to stop."""
         with self.runner.timer.phase("broadcast"):
             header = self._groups.tp.broadcast_bytes(None, 0)
-            max_tokens, epoch, stop, plan = msgpack.unpackb(header)
+            max_tokens, max_blocks, epoch, stop, plan = msgpack.unpackb(header)
         self.runner.flip(epoch)
         if max_tokens:
-            self.runner.execute(StepPlan.decode(plan), max_tokens)
+            self.runner.execute(StepPlan.decode(plan), max_tokens, max_blocks)
         else:
             self.runner.rest()
         return not stop

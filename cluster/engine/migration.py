@@ -43,8 +43,11 @@ def start_migrator(
             topology=groups.topology,
             rank=groups.rank,
             dtype=getattr(torch, config.dtype),
+            keep_float8=config.quantization != "bfloat16",
         )
-        return loader.expert(layer, expert)
+        weights = layers[layer].slots.new_weights()
+        loader.fill(weights, layer, expert)
+        return weights
 
     server, client = connect_transfers(
         groups, read_slot, bytes_per_s=config.eplb_config.bandwidth_mib_s * MIB

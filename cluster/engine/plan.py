@@ -96,6 +96,11 @@ class StepPlan:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def max_blocks(self) -> int:
+        """Of any row."""
+        return max(self.num_blocks, default=0)
+
     @cached_property
     def items(self) -> tuple[PlanItem, ...]:
         """The rows, for whoever looks at them one by one."""

@@ -105,24 +105,28 @@ class Runner:
         return Runner(config, model, cache, timer, migrator, server)
 
     def close(self) -> None:
-        """Stop sending experts to other ranks."""
+        """Stop sending experts to other ranks, and computing."""
         self._server.close()
+        self.model.close()
 
-    def execute(self, plan: StepPlan, max_tokens: int | None = None) -> Tensor | None:
+    def execute(
+        self, plan: StepPlan, max_tokens: int | None = None, max_blocks: int = 0
+    ) -> Tensor | None:
         """fp32 logits [plan.num_logit_rows, V] on TP rank 0, None elsewhere.
 
-        max_tokens: the most that any replica has in this step, the same number on all ranks; by it
-        they agree on what to overlap (None: nothing).
+        max_tokens, max_blocks: the most that any replica and any of its sequences has in this step, the
+        same on all ranks; by them they agree on what to overlap (None: nothing), on GPUs on the graph.
         """
         with self.timer.phase("batch"):
-            batch = forward_batch(plan, self.cache.block_size)
+            width = max_blocks if self.config.device == "cuda" else 0
+            batch = forward_batch(plan, self.cache.block_size, width)
         self.model.where.step = self.num_steps
         try:
             if not plan.wants_routed_experts:
                 return self.model.forward(batch, self.cache, max_tokens)
             with recorded(self.model.moe_layers) as choices:
                 logits = self.model.forward(batch, self.cache, max_tokens)
-            self.routed_TLK = gather(choices, self.model.tp, batch.num_tokens)
+            self.routed_TLK = gather(choices, self.model.tp)
             return logits
         finally:
             self.model.where.step = -1
@@ -232,6 +236,7 @@ def _load_cuda(
         placement,
         config.comms,
         quantization=config.quantization,
+        max_tokens=config.scheduler.max_num_batched_tokens,
     )
     cache = model.new_cache(num_blocks, config.cache.block_size)
     model.capture(cache, config.scheduler.max_num_batched_tokens)

@@ -1,43 +1,44 @@
 """Reading slices of tensors out of a Hugging Face safetensors directory, and nothing else.
 
-Only the asked-for rows and columns are copied; files are memory-mapped and at most two stay open,
-so a 700 GB checkpoint costs a rank its own share. Everything read is checked for shape, type and
-finite values, and its name is recorded, so that a test can tell what a rank has read.
+Only the asked-for rows and columns are copied, so a 700 GB checkpoint costs a rank its own share.
+Everything read is checked for shape, type and finite values, and its name is recorded, so that a test
+can tell what a rank has read.
+
+A matrix NAME in e4m3 comes with NAME_scale_inv, fp32, one for each block of 128 x 128: the number that
+the block is multiplied with, whatever it is called.
 """
 
 from __future__ import annotations
 
-import json
-from collections import OrderedDict
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cluster.model.errors import CheckpointError
+from cluster.model.tensor_files import FLOAT8_TYPE, FLOAT_TYPES, TensorFiles
+from experts.float8 import BlockScaled, dequantized, has_nan, quantize_blocks
+from experts.kernels.types import BLOCK
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-MAX_OPEN_FILES = 2
+logger = logging.getLogger(__name__)
+
 EVERYTHING = slice(None)
+Where = tuple[slice, ...]
+"""The part of a tensor that is asked for, by dimension; no steps."""
 
-_FLOAT_TYPES = {"BF16", "F16", "F32"}
 
+class Checkpoint(TensorFiles):
+    """The tensors of one directory by name. `names_read` grows with every read.
 
-class Checkpoint:
-    """The tensors of one directory by name. `names_read` grows with every read."""
+    `keep_float8`: a matrix in e4m3 stays as it is, bytes and scales; a part that begins amid a block is
+    quantised again. Otherwise it is dequantised.
+    """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        super().__init__(directory)
         self.names_read: set[str] = set()
-        self._open: OrderedDict[Path, Any] = OrderedDict()
-        self._files = self._locate()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
 
     def read(
         self,
@@ -47,83 +48,84 @@ class Checkpoint:
         *,
         rows: slice = EVERYTHING,
         columns: slice = EVERYTHING,
+        keep_float8: bool = False,
     ) -> Tensor:
         """A copy of `tensor[rows, columns]` as `dtype`; `shape` is what the file must hold.
 
         Raises CheckpointError naming file and tensor if it is missing, misshaped, not bf16 / fp16 /
-        fp32, unreadable or holds a NaN or infinity.
+        fp32 / e4m3 with scales, unreadable or holds a NaN or infinity.
         """
-        part = self._slice(name, shape)
         where = (rows,) if len(shape) == 1 else (rows, columns)
-        return self._finished(name, name, part[where], dtype)
+        found = self._read(name, shape, where, dtype, keep_float8)
+        self.names_read.add(name)
+        return found
 
-    def read_item(self, name: str, idx: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def read_item(
+        self,
+        name: str,
+        idx: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        keep_float8: bool = False,
+    ) -> Tensor:
         """`tensor[idx]` of a stack of matrices; recorded as `name[idx]`."""
-        part = self._slice(name, shape)
-        return self._finished(name, f"{name}[{idx}]", part[idx : idx + 1], dtype)[0]
+        where = slice(idx, idx + 1), EVERYTHING, EVERYTHING
+        found = self._read(name, shape, where, dtype, keep_float8)
+        self.names_read.add(f"{name}[{idx}]")
+        return found if isinstance(found, BlockScaled) else found[0]
 
-    def error(self, name: str, problem: str) -> CheckpointError:
-        return CheckpointError(
-            self._files.get(name, self.directory / self._listing), problem, tensor=name
+    def expect(self, names: Sequence[str]) -> None:
+        """These tensors will be read next, whole and in any order."""
+
+    def _read(
+        self, name: str, shape: Sequence[int], where: Where, dtype: torch.dtype, keep_float8: bool
+    ) -> Tensor:
+        if f"{name}_scale_inv" not in self:
+            found = self._copied(name, self.slice_of(name, shape, FLOAT_TYPES), where, dtype)
+        else:
+            matrix, scale, first = self._blocks(name, shape, where)
+            if keep_float8:
+                return self._kept(name, matrix, scale, first)
+            found = dequantized(matrix, scale, first).to(dtype)
+        self._require(torch.isfinite(found).all(), name, "holds NaN or infinite values")
+        return found
+
+    def _kept(
+        self, name: str, matrix: Tensor, scale: Tensor, first: tuple[int, int]
+    ) -> BlockScaled:
+        if matrix.dim() == 3:
+            matrix, scale = matrix[0], scale[0]
+        if first == (0, 0):
+            return BlockScaled.of(matrix, scale)
+        logger.warning("%s: this part begins amid a block of 128 and is quantised again", name)
+        return BlockScaled.of(*quantize_blocks(dequantized(matrix, scale, first)))
+
+    def _blocks(
+        self, name: str, shape: Sequence[int], where: Where
+    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """e4m3 of a part, the scales of the blocks that it touches, and where in the first it begins."""
+        *stack, rows, columns = (range(size)[part] for size, part in zip(shape, where, strict=True))
+        scale_shape = [*shape[:-2], *(-(-size // BLOCK) for size in shape[-2:])]
+        touched = [slice(r.start // BLOCK, -(-r.stop // BLOCK)) for r in (rows, columns)]
+        scale_name = f"{name}_scale_inv"
+        scale = self._copied(
+            scale_name,
+            self.slice_of(scale_name, scale_shape, FLOAT_TYPES),
+            (*where[: len(stack)], *touched),
+            torch.float32,
         )
+        matrix = self._copied(name, self.slice_of(name, shape, (FLOAT8_TYPE,)), where, None)
+        self._require(torch.isfinite(scale).all(), scale_name, "holds NaN or infinite values")
+        self._require(~has_nan(matrix), name, "holds NaN values")
+        return matrix, scale, (rows.start % BLOCK, columns.start % BLOCK)
 
-    def close(self) -> None:
-        self._open.clear()
+    def _copied(self, name: str, part: Any, where: Where, dtype: torch.dtype | None) -> Tensor:
+        """New memory with that part of a tensor, as `dtype` (None: its own)."""
+        found: Tensor = part[where]
+        return found.to(dtype or found.dtype, copy=True).contiguous()
 
-    def _finished(self, name: str, record: str, part: Tensor, dtype: torch.dtype) -> Tensor:
-        copy = part.to(dtype, copy=True).contiguous()
-        if not bool(torch.isfinite(copy).all()):
-            raise self.error(name, "holds NaN or infinite values")
-        self.names_read.add(record)
-        return copy
-
-    def _slice(self, name: str, shape: Sequence[int]) -> Any:
-        file = self._files.get(name)
-        if file is None:
-            raise self.error(name, "missing from the checkpoint")
-        try:
-            part = self._handle(file).get_slice(name)
-        except SafetensorError as error:
-            raise self.error(
-                name, f"listed in {INDEX_FILE} but not in the file ({error})"
-            ) from error
-        if list(part.get_shape()) != list(shape):
-            raise self.error(name, f"has shape {part.get_shape()}, expected {list(shape)}")
-        if part.get_dtype() not in _FLOAT_TYPES:
-            expected = ", ".join(sorted(_FLOAT_TYPES))
-            raise self.error(name, f"has type {part.get_dtype()}, expected one of {expected}")
-        return part
-
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            self._open[file] = _open(file)
-            if len(self._open) > MAX_OPEN_FILES:
-                self._open.popitem(last=False)
-        self._open.move_to_end(file)
-        return self._open[file]
-
-    def _locate(self) -> dict[str, Path]:
-        """The file of each tensor, from the index if there is one."""
-        index = self.directory / INDEX_FILE
-        self._listing = INDEX_FILE if index.exists() else SINGLE_FILE
-        if not index.exists():
-            single = self.directory / SINGLE_FILE
-            return dict.fromkeys(self._handle(single).keys(), single)
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(index, f"not a safetensors index: {error!r}") from error
-        for name, file in files.items():
-            if Path(file).name != file:
-                raise CheckpointError(index, f"points outside its directory: {file}", tensor=name)
-        return {name: self.directory / file for name, file in files.items()}
-
-
-def _open(file: Path) -> Any:
-    if not file.is_file():
-        raise CheckpointError(file, "no such file")
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(file, f"corrupt or truncated: {error}") from error
+    def _require(self, good: Tensor, name: str, problem: str) -> None:
+        """CheckpointError unless this one bool is true."""
+        if not bool(good):
+            raise self.error(name, problem)

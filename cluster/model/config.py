@@ -73,6 +73,8 @@ class ModelConfig:
     shared_intermediate_size: int
     eos_token_ids: tuple[int, ...]
     dtype: Literal["bfloat16", "float32"]
+    float8: bool = False
+    """The checkpoint has matrices in e4m3 with an fp32 scale for each block of 128 x 128."""
 
     def __post_init__(self) -> None:
         if not self.moe_layers:
@@ -112,7 +114,6 @@ def from_values(config: ConfigJson, eos_token_ids: tuple[int, ...]) -> ModelConf
             f"{config.file}: model_type {model_type!r} is not supported; "
             f"supported are {', '.join(sorted(SUPPORTED))}"
         )
-    refuse(config, "quantization_config", unless=None, why="quantised weights")
     refuse(config, "attention_bias", unless=False, why="biases in attention")
     refuse(config, "mlp_bias", unless=False, why="biases in MLPs")
     refuse(config, "hidden_act", unless="silu", why="an activation other than SiLU")
@@ -127,8 +128,22 @@ def from_values(config: ConfigJson, eos_token_ids: tuple[int, ...]) -> ModelConf
         tie_word_embeddings=bool(config.values.get("tie_word_embeddings", False)),
         eos_token_ids=eos_token_ids,
         dtype="float32" if dtype == "float32" else "bfloat16",
+        float8=_is_float8(config),
         **read(config),
     )
+
+
+def _is_float8(config: ConfigJson) -> bool:
+    """Quantised as DeepSeek-V3 is published; UnsupportedModelError if in any other way."""
+    found = config.values.get("quantization_config")
+    if found is None:
+        return False
+    wanted = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    also = {"fmt": "e4m3", "activation_scheme": "dynamic", "scale_fmt": "float"}
+    known = isinstance(found, dict) and all(found.get(k) == v for k, v in wanted.items())
+    if not known or any(found.get(k, v) != v for k, v in also.items()):
+        refuse(config, "quantization_config", unless=None, why="otherwise quantised weights")
+    return True
 
 
 def _deepseek(config: ConfigJson, gate: GateConfig, *, interleaved: bool) -> dict[str, Any]:

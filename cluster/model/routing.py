@@ -1,7 +1,6 @@
 """Which experts the tokens of one forward pass went to, gathered from the ranks that own them.
 
-Costs nothing but in the passes that ask for it, and then one small all-gather in the TP group for each
-micro-batch.
+Costs nothing but in the passes that ask for it, and then small all-gathers in the TP group.
 
 Legend: T tokens of the replica, O own rows of them, L expert layers, K experts per token.
 """
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cluster.model.shards import TokenRows, shard_sizes
 from comms.group import Group
 from experts.moe import MoELayer
 
@@ -33,12 +31,14 @@ def recorded(layers: Sequence[MoELayer]) -> Iterator[Choices]:
             layer.record = None
 
 
-def gather(choices: Choices, tp: Group, num_tokens: int) -> Tensor:
-    """Logical experts of all the replica's tokens, int16 [T, L, K]. Collective over the replica."""
-    batches = list(zip(*choices, strict=True))
-    sizes = shard_sizes(num_tokens, len(batches))
-    parts = []
-    for layers_OK, size in zip(batches, sizes, strict=True):
-        own_OLK = torch.stack(layers_OK, dim=1).to(torch.int16).cpu()
-        parts.append(TokenRows(group=tp, num_tokens=size).gather(own_OLK))
-    return torch.cat(parts)
+def gather(choices: Choices, tp: Group) -> Tensor:
+    """Logical experts of all the replica's tokens, int16 [T, L, K]. Collective over the replica, whose ranks
+    say how many rows they own: backends divide them differently."""
+    batches = [
+        torch.stack(layers_OK, 1).to(torch.int16).cpu() for layers_OK in zip(*choices, strict=True)
+    ]
+    own = torch.tensor([[len(own_OLK) for own_OLK in batches]])
+    sizes = tp.all_gather(own, [1] * tp.size)
+    return torch.cat(
+        [tp.all_gather(own_OLK, sizes[:, i].tolist()) for i, own_OLK in enumerate(batches)]
+    )

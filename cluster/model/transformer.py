@@ -23,7 +23,7 @@ from cluster.model.gains import share_gains
 from cluster.model.kv_cache import KVCache
 from cluster.model.layers import DecoderLayer, DenseLayer, Step
 from cluster.model.loader import Loader
-from cluster.model.memory import tensor_bytes
+from cluster.model.memory import Reports
 from cluster.model.micro_batches import Pass, interleave
 from cluster.model.norm import RmsNorm
 from cluster.model.paged import AttentionPlan
@@ -52,10 +52,12 @@ class CommsOptions(Protocol):
     def combine(self) -> CombineMode: ...
     @property
     def combine_dtype(self) -> WireDtype: ...
+    @property
+    def timeout_s(self) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transformer:
+class Transformer(Reports):
     """One rank's part of the model. All its expert layers share `dispatcher`."""
 
     config: ModelConfig
@@ -166,22 +168,8 @@ class Transformer:
         logits_VL = self.tp.all_gather(local_LV.T.contiguous(), shard_sizes(size, self.tp.size))
         return logits_VL.T.contiguous().float() if self.tp.idx == 0 else None
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of weights on this rank: experts (routed), attention, and other."""
-        total = self.rotary.num_bytes + tensor_bytes((self.embedding, self.norm))
-        total += 0 if self.head is self.embedding else self.head.nbytes
-        total += tensor_bytes(self.layers)
-        for moe in self.moe_layers:
-            total += tensor_bytes((moe.gate.weight_EH, moe.shared_expert))
-            if moe.gate.correction_bias_E is not None:
-                total += moe.gate.correction_bias_E.nbytes
-        attention = sum(tensor_bytes(layer.attention) for layer in self.layers)
-        experts = sum(moe.slots.num_bytes for moe in self.moe_layers)
-        return {"experts": experts, "attention": attention, "other": total - attention}
-
-    def expert_load(self) -> list[int]:
-        """(token, expert) pairs computed so far on this rank, by expert layer."""
-        return [int(moe.tokens_per_slot_S.sum()) for moe in self.moe_layers]
+    def close(self) -> None:
+        """There will be no other pass: nothing to end here, unlike on GPUs."""
 
     @cached_property
     def moe_layers(self) -> tuple[MoELayer, ...]:

@@ -15,6 +15,9 @@ Two ways to add:
     node   fp32 sums, rounded once to bfloat16 to be sent; the end is fp32 again, cast to bfloat16
     fixed  integers on the token's grid (`comms/fixed.py`), sent as int16 if the row's all fit, else as
            int32 into a region of their own; FORMS says which, or that a pair was refused (a NaN row)
+
+In a node of several (PART) the sum is not finished: "node" partials travel in fp32 and their sum is rounded
+once; "fixed" gives the integers, with a column that says whether a pair was refused.
 """
 
 import triton
@@ -40,9 +43,10 @@ def combine_rows(  # type: ignore[no-untyped-def]
     WORLD: tl.constexpr, SLOTS_PER_RANK: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
     BLOCK_H: tl.constexpr, PADDED_K: tl.constexpr, SUMMED: tl.constexpr, FIXED: tl.constexpr,
     EXTRA: tl.constexpr, SENDS: tl.constexpr, ADDS: tl.constexpr, SPLIT: tl.constexpr,
-    SIGNALS: tl.constexpr,
+    SIGNALS: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out bf16 [T, H]: of my tokens, with slots int [T, K] and my_ranges fp32 [T] as I sent them.
+    """out [T, COLUMNS]: of my tokens, with slots int [T, K] and my_ranges fp32 [T] as I sent them; bf16, but
+    for integers of a PART.
 
     y bf16: [P, H], with places int32 [R, K] of the pairs; or, SUMMED, [R, H], one sum per row.
     local_slots int32 [R, K], weights fp32 [R, K], ranges fp32 [R]: as received; num_rows: N.
@@ -66,7 +70,7 @@ def combine_rows(  # type: ignore[no-untyped-def]
                         _send_sum(
                             y, places, local_slots, weights, ranges, table, unit // num_blocks,
                             unit % num_blocks, num_rows, rank, (rank + next) % WORLD, limit, WORLD,
-                            H, K, BLOCK_H, PADDED_K, SUMMED, FIXED,
+                            H, K, BLOCK_H, PADDED_K, SUMMED, FIXED, PART,
                         )  # fmt: skip
             if SIGNALS:
                 signal_peers(flags, program, given + c + 1, num_rows, rank, WORLD)
@@ -82,7 +86,7 @@ def combine_rows(  # type: ignore[no-untyped-def]
                 # What needs no peer comes before the wait.
                 mine_H, form = _my_sum(
                     y, places, weights, ranges, tl.where(is_mine, token, 0), block, is_mine,
-                    num_rows, rank, limit, H, K, BLOCK_H, SUMMED, FIXED,
+                    num_rows, rank, limit, H, K, BLOCK_H, SUMMED, FIXED, PART,
                 )  # fmt: skip
                 if SIGNALS and i == 0:
                     wait_for_peers(
@@ -92,7 +96,8 @@ def combine_rows(  # type: ignore[no-untyped-def]
                 if is_mine:
                     _add_sums(
                         out, extra, slots, my_ranges, mine_H, form, table, token, block, num_rows,
-                        rank, WORLD, SLOTS_PER_RANK, H, K, BLOCK_H, PADDED_K, FIXED, EXTRA,
+                        rank, WORLD, SLOTS_PER_RANK, H, K, BLOCK_H, PADDED_K, FIXED, EXTRA, PART,
+                        COLUMNS,
                     )  # fmt: skip
         tl.store(counter, awaited + num_chunks)
 
@@ -101,7 +106,7 @@ def combine_rows(  # type: ignore[no-untyped-def]
 def _send_sum(  # type: ignore[no-untyped-def]
     y, places, local_slots, weights, ranges, table, token, block, num_rows, rank, to, limit,
     WORLD: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr,
-    PADDED_K: tl.constexpr, SUMMED: tl.constexpr, FIXED: tl.constexpr,
+    PADDED_K: tl.constexpr, SUMMED: tl.constexpr, FIXED: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Some channels of one row's sum to the rank `to`, if any of its pairs are here."""
     channel = block * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -128,14 +133,19 @@ def _send_sum(  # type: ignore[no-untyped-def]
                 sum_H = tl.load(y + row * H + channel, mask=channel < H, other=0.0)
             else:
                 sum_H = _node_partial(y, places, weights, row, True, channel, H, K, BLOCK_H)
-            narrow = narrow_to.to(tl.pointer_type(tl.bfloat16))
-            tl.store(narrow + there * H + channel, sum_H, mask=channel < H)
+            if PART:
+                wide = _address(table, _WIDE, to, WORLD).to(tl.pointer_type(tl.float32))
+                tl.store(wide + there * H + channel, sum_H.to(tl.float32), mask=channel < H)
+            else:
+                narrow = narrow_to.to(tl.pointer_type(tl.bfloat16))
+                tl.store(narrow + there * H + channel, sum_H.to(tl.bfloat16), mask=channel < H)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _my_sum(  # type: ignore[no-untyped-def]
     y, places, weights, ranges, token, block, is_mine, num_rows, rank, limit, H: tl.constexpr,
     K: tl.constexpr, BLOCK_H: tl.constexpr, SUMMED: tl.constexpr, FIXED: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """This rank's part of one of its own tokens (0 if there is none), and its form."""
     channel = block * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -149,6 +159,7 @@ def _my_sum(  # type: ignore[no-untyped-def]
             mine_H = tl.load(y + row * H + channel, mask=channel < width, other=0.0)
         else:
             mine_H = _node_partial(y, places, weights, row, is_mine, channel, H, K, BLOCK_H)
+        mine_H = mine_H.to(tl.float32 if PART else tl.bfloat16)
     return mine_H, form
 
 
@@ -157,6 +168,7 @@ def _add_sums(  # type: ignore[no-untyped-def]
     out, extra, slots, my_ranges, mine_H, my_form, table, token, block, num_rows, rank,
     WORLD: tl.constexpr, SLOTS_PER_RANK: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
     BLOCK_H: tl.constexpr, PADDED_K: tl.constexpr, FIXED: tl.constexpr, EXTRA: tl.constexpr,
+    PART: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The result of one of my tokens from what the ranks stored here, and from my own part."""
     channel = block * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -178,10 +190,17 @@ def _add_sums(  # type: ignore[no-untyped-def]
             width = tl.where(form == _IS_WIDE, H, 0)
             total_H += tl.load(wide + row * H + channel, mask=channel < width, other=0)
             refused = refused | (form == _IS_REFUSED)
-        step = tl.load(my_ranges + token) * (1.0 / _STEPS)
-        out_H = total_H.to(tl.float32) * tl.where(refused, float("nan"), step)
+        if PART:
+            out_H = total_H
+            tl.store(out + tl.cast(token, tl.int64) * COLUMNS + H, refused.to(tl.int32))
+        else:
+            step = tl.load(my_ranges + token) * (1.0 / _STEPS)
+            out_H = (total_H.to(tl.float32) * tl.where(refused, float("nan"), step)).to(tl.bfloat16)
     else:
-        theirs = partials.to(tl.pointer_type(tl.bfloat16))
+        if PART:
+            theirs = _address(table, _WIDE, rank, WORLD).to(tl.pointer_type(tl.float32))
+        else:
+            theirs = partials.to(tl.pointer_type(tl.bfloat16))
         is_mine = tl.max((rank_K == rank).to(tl.int32), 0) != 0
         out_H = tl.zeros([BLOCK_H], tl.float32)
         for r in tl.static_range(WORLD):
@@ -192,8 +211,8 @@ def _add_sums(  # type: ignore[no-untyped-def]
             # A given sum of a row without slots means nothing.
             part_H = tl.where(is_mine & (r == rank), mine_H, part_H)
             out_H += part_H.to(tl.float32)
-    out_H = out_H.to(tl.bfloat16)
-    at = tl.cast(token, tl.int64) * H + channel
+        out_H = out_H.to(tl.bfloat16)
+    at = tl.cast(token, tl.int64) * COLUMNS + channel
     if EXTRA:
         extra_H = tl.load(extra + at, mask=channel < H, other=0.0)
         out_H = (out_H.to(tl.float32) + extra_H.to(tl.float32)).to(tl.bfloat16)
@@ -205,7 +224,7 @@ def _node_partial(  # type: ignore[no-untyped-def]
     y, places, weights, row, is_row, channel, H: tl.constexpr, K: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """bf16: the sum of weight * y over the row's pairs here, 0 if it is none."""
+    """fp32: the sum of weight * y over the row's pairs here, 0 if it is none."""
     total_H = tl.zeros([BLOCK_H], tl.float32)
     for k in tl.static_range(K):
         place = tl.load(places + row * K + k, mask=is_row, other=-1)
@@ -213,4 +232,4 @@ def _node_partial(  # type: ignore[no-untyped-def]
         at = tl.cast(place, tl.int64) * H + channel
         width = tl.where(place >= 0, H, 0)
         total_H += tl.load(y + at, mask=channel < width, other=0.0).to(tl.float32) * weight
-    return total_H.to(tl.bfloat16)
+    return total_H

@@ -21,19 +21,14 @@ def decode_command(
     quantizations: Sequence[str],
     batches: Sequence[int],
     num_gpus: int,
+    tensor_parallel: bool,
     with_transformers: bool,
     profile: Path | None,
     json_file: Path | None,
 ) -> int:
     """results.<bfloat16 | fp8>.{decode.<batch>,prefill}, see `bench_decode.run`; results.stock with
-    transformers. With two GPUs experts are divided over them, and batches are of both together. 2
-    without that many GPUs or for a model that is no preset."""
-    import torch
-
-    if not 1 <= num_gpus <= min(2, torch.cuda.device_count()):
-        found = torch.cuda.device_count()
-        print(f"bench decode runs on 1 or 2 CUDA GPUs: {found} visible here", file=sys.stderr)
-        return 2
+    transformers. With two GPUs experts are divided over them, with `tensor_parallel` heads too, and
+    batches are of both together. 2 for a model that is no preset."""
     if preset not in presets.PRESETS:
         print(f"model {preset!r} is none of {', '.join(presets.PRESETS)}", file=sys.stderr)
         return 2
@@ -44,8 +39,10 @@ def decode_command(
     console = Console(stderr=True)
     names: list[Quantization] = [None if name == "bfloat16" else "fp8" for name in quantizations]
     if num_gpus == 2:
-        halves = [max(1, batch // 2) for batch in batches]
-        report = bench_decode.run_pair(preset, quantizations=names, batches=halves)
+        each = batches if tensor_parallel else [max(1, batch // 2) for batch in batches]
+        report = bench_decode.run_pair(
+            preset, quantizations=names, batches=each, tensor_parallel=tensor_parallel
+        )
     else:
         report = bench_decode.run(
             preset,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from experts.gains import MARGIN
 from experts.kernels.choose_kernel import choose_experts
+from experts.kernels.early import early
 from router.gate import GateConfig
 
 
@@ -69,12 +70,13 @@ def choose_slots(
     gains_E: Tensor | None = None,
     tally: Tally | None = None,
 ) -> Choice:
-    """`choose`, and the rest of it.
+    """`choose`, and the rest of it. Logits may also be [P, T, E]: parts to be added in order.
 
     num_tokens: int32 [1], on the device: how many of the rows are tokens (None: all). table_E: int32
     slot of each expert, -1 = none. gains_E: fp32. Raises ValueError for logits of another shape.
     """
-    num_rows, num_experts = logits_TE.shape
+    num_parts = logits_TE.shape[0] if logits_TE.dim() == 3 else 1
+    num_rows, num_experts = logits_TE.shape[-2:]
     if num_experts != config.num_experts or logits_TE.dtype != torch.float32:
         raise ValueError(
             f"logits {logits_TE.dtype} {list(logits_TE.shape)} are not fp32 "
@@ -95,7 +97,7 @@ def choose_slots(
             ids_TK, weights_TK, unused if slots_TK is None else slots_TK,
             unused if range_T is None else range_T,
             unused if tally is None else tally.chosen_E, unused if tally is None else tally.recent_MK,
-            num_rows,
+            num_rows, PARTS=num_parts,
             E=num_experts, E_PAD=triton.next_power_of_2(num_experts // config.num_groups),
             G=config.num_groups, G_PAD=triton.next_power_of_2(config.num_groups),
             KEPT=config.num_groups_per_token,
@@ -105,6 +107,6 @@ def choose_slots(
             BIAS=bias_E is not None,
             COUNTED=num_tokens is not None, SLOTS=table_E is not None,
             RANGE=gains_E is not None, TALLY=tally is not None, MOST=most,
-            num_warps=1, enable_fp_fusion=False,
+            num_warps=1, enable_fp_fusion=False, **early(device),
         )  # fmt: skip
     return Choice(ids_TK=ids_TK, weights_TK=weights_TK, slots_TK=slots_TK, range_T=range_T)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from experts.kernels.early import let_next_start, wait_for_inputs
+
 _NOTHING: tl.constexpr = tl.constexpr(-(2**63))
 """Below the key of every expert: what was taken, and places that no expert has."""
 _DROPPED: tl.constexpr = tl.constexpr(-2139095041)  # of -inf, see _ordered
@@ -18,14 +20,16 @@ _DROPPED: tl.constexpr = tl.constexpr(-2139095041)  # of -inf, see _ordered
 def choose_experts(  # type: ignore[no-untyped-def]
     logits, bias, num_tokens, table, gains,
     ids_out, weights_out, slots_out, range_out, chosen, recent,
-    num_rows,
+    num_rows, PARTS: tl.constexpr,
     E: tl.constexpr, E_PAD: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, KEPT: tl.constexpr,
     K: tl.constexpr, K_PAD: tl.constexpr,
     SIGMOID: tl.constexpr, TOP2: tl.constexpr, RENORMALIZE: tl.constexpr, SCALING: tl.constexpr,
     MARGIN: tl.constexpr, BIAS: tl.constexpr,
     COUNTED: tl.constexpr, SLOTS: tl.constexpr, RANGE: tl.constexpr,
-    TALLY: tl.constexpr, MOST: tl.constexpr,
+    TALLY: tl.constexpr, MOST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     row, place = tl.program_id(0).to(tl.int64), tl.arange(0, K_PAD)
     is_row = row < num_rows
     real = is_row
@@ -37,7 +41,7 @@ def choose_experts(  # type: ignore[no-untyped-def]
         group, inside = tl.arange(0, G_PAD), tl.arange(0, E_PAD)
         expert = group[:, None] * (E // G) + inside[None, :]
         exists = (group[:, None] < G) & (inside[None, :] < E // G)
-        found = tl.load(logits + row * E + expert, mask=exists, other=float("-inf"))
+        found = _logits(logits + row * E + expert, exists, num_rows * E, PARTS)
         peak, total = 0.0, 1.0
         if not SIGMOID:
             peak = tl.max(tl.max(found, 1), 0)
@@ -54,7 +58,7 @@ def choose_experts(  # type: ignore[no-untyped-def]
             best = tl.max(left, 0)
             ids = tl.where(place == k, _expert_of(best), ids)
             left = tl.where(left == best, _NOTHING, left)
-        picked = tl.load(logits + row * E + ids, mask=wanted, other=float("-inf"))
+        picked = _logits(logits + row * E + ids, wanted, num_rows * E, PARTS)
         weights = tl.where(wanted, _score(picked, peak, total, SIGMOID), 0.0)
         if RENORMALIZE:
             total_weight = tl.sum(weights, 0) + 1e-20
@@ -82,6 +86,15 @@ def choose_experts(  # type: ignore[no-untyped-def]
         if TALLY:
             unfilled = (place < K) & (at < MOST * K)
             tl.store(recent + at, tl.full([K_PAD], -1, tl.int64), mask=unfilled)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _logits(at, exists, each, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Parts that lie `each` numbers apart, added in order; -inf where nothing is."""
+    found = tl.load(at, mask=exists, other=float("-inf"))
+    for part in tl.static_range(1, PARTS):
+        found += tl.load(at + part * each, mask=exists, other=0.0)
+    return found
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]

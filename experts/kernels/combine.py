@@ -19,12 +19,14 @@ import triton
 from torch import Tensor
 
 from experts.kernels.combine_kernels import exact, fixed, fixed_large
+from experts.kernels.early import early
 from experts.kernels.types import SortedPairs
 
 _FEW = 2
 """Pairs of a row that are looked up one by one: cheaper than to skip the others of K."""
 _NARROW, _WIDE, _FEW_ROWS = 256, 1024, 256
 """Channels of a program, 256 to a warp: many small programs fill a GPU sooner, and cost more to start."""
+_WHOLE = 8192  # channels of a row that one program may have
 _ROWS = 8  # of a program that looks for what is seldom
 
 
@@ -52,13 +54,18 @@ def weighted_sum(
         return out_RH
     extra = out_RH if extra_RH is None else extra_RH
     weights_RK = weights_RK.contiguous()
-    block = min(_NARROW if num_rows <= _FEW_ROWS else _WIDE, triton.next_power_of_2(hidden))
+    whole = range_R is not None and num_rows <= _FEW_ROWS and hidden <= _WHOLE
+    block = triton.next_power_of_2(hidden)
+    if not whole:
+        block = min(_NARROW if num_rows <= _FEW_ROWS else _WIDE, block)
     tiles = triton.cdiv(hidden, block)
     sizes = {
         "H": hidden, "K": num_topk, "K_PAD": triton.next_power_of_2(num_topk), "BLOCK": block,
         "EXTRA": extra_RH is not None,
     }  # fmt: skip
-    options = {"num_warps": max(1, block // 256), "enable_fp_fusion": False}
+    options = {
+        "num_warps": max(1, block // 256), "enable_fp_fusion": False, **early(y_PH.device),
+    }  # fmt: skip
     if range_R is None:
         exact[(num_rows, tiles)](
             y_PH, pairs.place_RK, weights_RK, extra, out_RH, FEW=_FEW, **sizes, **options
@@ -66,11 +73,13 @@ def weighted_sum(
         return out_RH
     large_RB = torch.empty((num_rows, tiles), dtype=torch.int32, device=y_PH.device)
     arguments = (y_PH, pairs.place_RK, weights_RK, range_R, extra, out_RH, large_RB)
-    fixed[(num_rows, tiles)](*arguments, FEW=_FEW, **sizes, **options)
-    fixed_large[(triton.cdiv(num_rows, _ROWS),)](
-        *arguments, num_rows, LIMIT=greatest_summand(num_topk), ROWS=_ROWS, TILES=tiles,
-        TILES_PAD=triton.next_power_of_2(tiles), **sizes, **options,
-    )  # fmt: skip
+    sizes["LIMIT"] = greatest_summand(num_topk)
+    fixed[(num_rows, tiles)](*arguments, WHOLE=whole, FEW=_FEW, **sizes, **options)
+    if not whole:
+        fixed_large[(triton.cdiv(num_rows, _ROWS),)](
+            *arguments, num_rows, ROWS=_ROWS, TILES=tiles,
+            TILES_PAD=triton.next_power_of_2(tiles), **sizes, **options,
+        )  # fmt: skip
     return out_RH
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from experts.kernels.early import let_next_start, wait_for_inputs
+
 _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)
 """1.5 * 2^23: what is added to it, up to 2^22, is rounded to a whole number in its lowest bits."""
 _ROUNDER_BITS: tl.constexpr = tl.constexpr(0x4B400000)
@@ -22,8 +24,10 @@ _LARGE_BITS: tl.constexpr = tl.constexpr(0x4A800000)  # of 2^22
 def exact(  # type: ignore[no-untyped-def]
     y, place_in, weights, extra, out,
     H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
-    EXTRA: tl.constexpr,
+    EXTRA: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < H
     total = tl.zeros([BLOCK], tl.float32)
@@ -45,10 +49,14 @@ def exact(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def fixed(  # type: ignore[no-untyped-def]
     y, place_in, weights, ranges, extra, out, large_out,
+    LIMIT: tl.constexpr, WHOLE: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
-    EXTRA: tl.constexpr,
+    EXTRA: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Right if no summand is beyond 2^22 steps; `large_out` says where one is."""
+    """Right if no summand is beyond 2^22 steps. `large_out` says where one is, for `fixed_large`; a
+    program that has a WHOLE row sees to it at once."""
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < H
     steps, step = _steps(ranges + row)
@@ -72,9 +80,16 @@ def fixed(  # type: ignore[no-untyped-def]
             scaled = tl.where(here, scaled, 0.0)
             total += (scaled + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS
             peak = tl.maximum(peak, scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    store_sum(out, extra, total.to(tl.float32) * step, row, at, inside, H, EXTRA)
-    large = (tl.max(peak, 0) > _LARGE_BITS).to(tl.int32)  # a NaN is
-    tl.store(large_out + row * tl.num_programs(1) + tl.program_id(1), large)
+    is_large = tl.max(peak, 0) > _LARGE_BITS  # a NaN is
+    if WHOLE:
+        if is_large:
+            _fixed_row(y, place_in, weights, ranges, extra, out, row, LIMIT, H, K, BLOCK, EXTRA)
+        else:
+            store_sum(out, extra, total.to(tl.float32) * step, row, at, inside, H, EXTRA)
+    else:
+        store_sum(out, extra, total.to(tl.float32) * step, row, at, inside, H, EXTRA)
+        at_large = large_out + row * tl.num_programs(1) + tl.program_id(1)
+        tl.store(at_large, is_large.to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator,unused-ignore]
@@ -82,8 +97,11 @@ def fixed_large(  # type: ignore[no-untyped-def]
     y, place_in, weights, ranges, extra, out, large, num_rows,
     LIMIT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, TILES_PAD: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, BLOCK: tl.constexpr, EXTRA: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The rows that have such a summand once more, with any number and with refused pairs: seldom."""
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     first, tile = tl.program_id(0) * ROWS, tl.arange(0, TILES_PAD)
     rows = (first + tl.arange(0, ROWS))[:, None]
     here = (rows < num_rows) & (tile[None, :] < TILES)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from experts.kernels.dequantise import bfloat16_of
+from experts.kernels.early import let_next_start, wait_for_inputs
 from experts.kernels.product import product
 from experts.kernels.tiles import all_slots, tile_of
 
@@ -20,10 +21,13 @@ def down(  # type: ignore[no-untyped-def]
     num_places, num_slots,
     H: tl.constexpr, I: tl.constexpr, SLOTS: tl.constexpr,
     X8: tl.constexpr, W8: tl.constexpr,
-    ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     num_blocks: tl.constexpr = H // FEATURES
     begins, limits, reads, tiles, until = all_slots(ends, buffers, num_slots, SLOTS, ROWS)
+    # The kernel before this one lets it start when what it waited for is there: so are the ends.
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     for work in range(tl.program_id(0), tl.max(until, 0) * num_blocks, tl.num_programs(0)):
         buffer, block, first, end = tile_of(
             work, begins, limits, reads, tiles, until, num_blocks, ROWS

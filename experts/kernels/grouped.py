@@ -8,7 +8,7 @@ Legend: R rows, P = R * K places, H hidden, I intermediate, B buffers or blocks 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -17,20 +17,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from experts.kernels.counters import counters
 from experts.kernels.down import down
+from experts.kernels.early import early
 from experts.kernels.gate_up import gate_up
+from experts.kernels.grouped_tiles import tiles_for
 from experts.kernels.hopper_down import hopper_down
 from experts.kernels.hopper_gate_up import hopper_gate_up
-from experts.kernels.hopper_gate_up_few import hopper_gate_up_few
 from experts.kernels.tiles import Tiles, most_tiles
 from experts.kernels.types import BLOCK, DeviceExperts, QuantizedRows, SortedPairs
 
 SLOTS = 32
 """Slots that a program looks through at least: kernels are compiled for powers of 2 from here."""
-
-
-MANY_TILES = 528
-"""Tiles of the second product from which three programs to a multiprocessor pay: four for each."""
 
 
 def expert_ffn(
@@ -72,25 +70,31 @@ def gate_up_rows(
     x_RH, x_scale = (x.q_RH, x.scale_RB) if isinstance(x, QuantizedRows) else (x, None)
     intermediate, num_places = experts.intermediate, pairs.pair_P.shape[0]
     h_PI = torch.empty(num_places, intermediate, device=x_RH.device, dtype=x_RH.dtype)
-    blocks = -(-intermediate // min(BLOCK, tiles.features))
-    scale_BP = torch.empty(blocks, num_places, device=x_RH.device) if x_scale is not None else None
+    scale_BP = None
+    if x_scale is not None:
+        scale_BP = torch.empty(intermediate // BLOCK, num_places, device=x_RH.device)
     if tiles.specialised:
-        kernel = hopper_gate_up if tiles.rows == 128 else hopper_gate_up_few
-        kernel[(_programs(pairs, experts, intermediate, tiles),)](
-            x_RH, x_scale, _shared_descriptor(experts.w13_BNH.flatten(0, 1), tiles), experts.w13_scale,
-            experts.buffer_S, pairs.ends_S, pairs.pair_P, h_PI, scale_BP, num_places, experts.num_slots,
+        grid = _programs(pairs, experts, intermediate // tiles.features, tiles)
+        told = None
+        if x_scale is not None and tiles.features < BLOCK:
+            grid -= grid % 2  # neighbours work together
+            told = counters(x_RH.device, 2 * grid * tiles.rows)
+        hopper_gate_up[(grid,)](
+            x_RH, x_scale, _shared_descriptor(experts.w13_BNH, tiles.features, tiles),
+            experts.w13_scale, experts.buffer_S, pairs.ends_S, pairs.pair_P, h_PI, scale_BP, told,
+            num_places, experts.num_slots,
             H=experts.hidden, I=intermediate, K=pairs.num_topk, SLOTS=_slots(experts),
             X8=x_scale is not None, ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
-            STAGES=tiles.stages, num_warps=tiles.warps,
+            STAGES=tiles.stages, num_warps=tiles.warps, **early(x_RH.device),
         )  # fmt: skip
         return Hidden(h_PI=h_PI, scale_BP=scale_BP)
-    gate_up[(_programs(pairs, experts, intermediate, tiles),)](
+    gate_up[(_programs(pairs, experts, intermediate // tiles.features, tiles),)](
         x_RH, x_scale, _descriptor(experts.w13_BNH, x_scale, tiles), experts.w13_scale,
         experts.buffer_S, pairs.ends_S, pairs.pair_P, h_PI, scale_BP, num_places, experts.num_slots,
         H=experts.hidden, I=intermediate, K=pairs.num_topk, SLOTS=_slots(experts),
         X8=x_scale is not None, W8=experts.is_float8,
         ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, **early(x_RH.device),
     )  # fmt: skip
     return Hidden(h_PI=h_PI, scale_BP=scale_BP)
 
@@ -101,68 +105,31 @@ def down_rows(hidden: Hidden, pairs: SortedPairs, experts: DeviceExperts, tiles:
     num_places = pairs.pair_P.shape[0]
     y_PH = torch.empty(num_places, experts.hidden, device=h_PI.device, dtype=torch.bfloat16)
     if tiles.specialised:
-        hopper_down[(_programs(pairs, experts, experts.hidden, tiles),)](
-            _shared_descriptor(h_PI, tiles), scale_BP,
-            _shared_descriptor(experts.w2_BHI.flatten(0, 1), tiles), experts.w2_scale,
+        hopper_down[(_programs(pairs, experts, experts.hidden // (2 * tiles.features), tiles),)](
+            _shared_descriptor(h_PI, tiles.rows, tiles), scale_BP,
+            _shared_descriptor(experts.w2_BHI, tiles.features, tiles), experts.w2_scale,
             experts.buffer_S, pairs.ends_S, y_PH, num_places, experts.num_slots,
             H=experts.hidden, I=experts.intermediate, SLOTS=_slots(experts),
             X8=scale_BP is not None, ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
-            STAGES=tiles.stages, num_warps=tiles.warps,
+            STAGES=tiles.stages, num_warps=tiles.warps, **early(h_PI.device),
         )  # fmt: skip
         return y_PH
-    down[(_programs(pairs, experts, experts.hidden, tiles),)](
+    down[(_programs(pairs, experts, experts.hidden // tiles.features, tiles),)](
         TensorDescriptor.from_tensor(h_PI, [tiles.rows, tiles.depth]), scale_BP,
         _descriptor(experts.w2_BHI, scale_BP, tiles), experts.w2_scale,
         experts.buffer_S, pairs.ends_S, y_PH, num_places, experts.num_slots,
         H=experts.hidden, I=experts.intermediate, SLOTS=_slots(experts),
         X8=scale_BP is not None, W8=experts.is_float8,
         ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, **early(h_PI.device),
     )  # fmt: skip
     return y_PH
 
 
-def tiles_for(experts: DeviceExperts, num_pairs: int, *, quantized: bool) -> tuple[Tiles, Tiles]:
-    """The tiles of both products for so many pairs: a matter of speed, no bit depends on it.
-
-    What was fastest on an H200 among those tried, with 4, 9, 12 and 32 experts of DeepSeek-V3's sizes.
-    """
-    float8, rows = experts.is_float8, num_pairs / experts.num_slots
-    depth = 128 if float8 else 64
-    if float8 and not quantized:
-        both = Tiles(rows=64, features=128, depth=depth, warps=8, stages=3)
-        return both, both
-    hopper = _is_hopper(experts.buffer_S.device)
-    first = 128 if experts.intermediate % 128 == 0 else 64
-    second = 128 if experts.hidden % 128 == 0 else 64
-    deep = 5 if hopper and not float8 else 4  # as many as its shared memory holds
-    gate_up = Tiles(rows=64, features=first, depth=depth, warps=8, stages=deep)
-    crowded = experts.num_slots * (experts.hidden // second) > MANY_TILES
-    down = Tiles(
-        rows=64,
-        features=second,
-        depth=depth,
-        warps=4,
-        stages=3 if crowded else 4,
-        programs=3 if crowded else 2,
-    )
-    if not hopper or first != 128 or experts.hidden % 256:
-        return gate_up, down
-    many = Tiles(rows=128, features=128, depth=depth, warps=4, stages=4, specialised=True)
-    if float8:
-        gate_up = replace(many, rows=64) if rows <= 128 else many
-    elif rows > 64:
-        gate_up = many
-    return gate_up, many if rows > 64 else down
-
-
-def _programs(pairs: SortedPairs, experts: DeviceExperts, out_features: int, tiles: Tiles) -> int:
+def _programs(pairs: SortedPairs, experts: DeviceExperts, blocks: int, tiles: Tiles) -> int:
     """At most as many as the GPU runs at once: they take the tiles in turns."""
     needed = most_tiles(pairs.pair_P.shape[0], experts.num_slots, tiles)
-    return min(
-        needed * (out_features // tiles.features),
-        tiles.programs * _multiprocessors(experts.buffer_S.device),
-    )
+    return min(needed * blocks, tiles.programs * _multiprocessors(experts.buffer_S.device))
 
 
 def _descriptor(weights: Tensor, scale: Tensor | None, tiles: Tiles) -> TensorDescriptor:
@@ -173,10 +140,10 @@ def _descriptor(weights: Tensor, scale: Tensor | None, tiles: Tiles) -> TensorDe
     return TensorDescriptor.from_tensor(rows, [tiles.features, tiles.depth])
 
 
-def _shared_descriptor(rows: Tensor, tiles: Tiles) -> HopperDescriptor:
-    """Of 128 rows or features and 128 bytes of channels."""
-    layout = gl.NVMMASharedLayout(128, 8 * rows.element_size(), 2)
-    return HopperDescriptor.from_tensor(rows, [128, tiles.depth], layout)
+def _shared_descriptor(matrix: Tensor, rows: int, tiles: Tiles) -> HopperDescriptor:
+    """Of so many rows or features and 128 bytes of channels."""
+    layout = gl.NVMMASharedLayout(128, 8 * matrix.element_size(), 2)
+    return HopperDescriptor.from_tensor(matrix.flatten(0, -2), [rows, tiles.depth], layout)
 
 
 def _slots(experts: DeviceExperts) -> int:
@@ -189,11 +156,6 @@ def _multiprocessors(device: torch.device) -> int:
         return 4  # Triton's interpreter
     number: int = torch.cuda.get_device_properties(device).multi_processor_count
     return number
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _check(x: Tensor | QuantizedRows, experts: DeviceExperts) -> None:

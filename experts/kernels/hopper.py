@@ -1,9 +1,9 @@
 # ruff: noqa: ANN001, ANN201, ANN202  (what Triton compiles has no Python types)
 """What the warp-specialised kernels share: written in Gluon, Triton's lower level, for Hopper GPUs.
 
-One group of four warps fetches tiles into a ring of stages in shared memory, two others multiply what
-has arrived: while one of those adds its tile's sums to fp32 the tensor cores work for the other. Each
-stage has two barriers: `full` says that its bytes are there, `empty` that both have read them.
+One group of warps fetches tiles into a ring of stages in shared memory: rows, and two blocks of weights
+(of gate and up, or of out-features). One or two others multiply what has arrived, 64 rows each. A
+stage has two barriers: `full` says that its bytes are there, `empty` that all have read them.
 
 Legend: S slots, as experts/kernels/tiles.py.
 """
@@ -13,14 +13,73 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-HALF = 64
-"""Rows of each of the two groups that multiply: what one tensor core instruction takes."""
+HALF: gl.constexpr = gl.constexpr(64)
+"""Rows of a group that multiplies: what one tensor core instruction takes."""
 
 # Triton 3.9 has renamed both.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def make_ring(  # type: ignore[no-untyped-def]
+    dtype: gl.constexpr, arrivals: gl.constexpr, ROWS: gl.constexpr, FEATURES: gl.constexpr,
+    DEPTH: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """(rows, weights, full, empty); a stage has two blocks of weights, and is full after so many arrivals."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 2)
+    rows = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DEPTH], layout)
+    weights = gl.allocate_shared_memory(dtype, [STAGES, 2 * FEATURES, DEPTH], layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=arrivals)
+        mbarrier.init(empty.index(i), count=ROWS // HALF)
+    fence_async_shared()
+    return rows, weights, full, empty
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def copy_weights(  # type: ignore[no-untyped-def]
+    ring,
+    stage,
+    w,
+    first_row,
+    second_row,
+    channel,
+    num_bytes: gl.constexpr,
+    FEATURES: gl.constexpr,
+    wanted,
+):
+    """Both blocks of a stage, which gets so many bytes in all, if `wanted`."""
+    _rows, weights, full, _empty = ring
+    barrier = full.index(stage)
+    mbarrier.expect(barrier, num_bytes, pred=wanted)
+    both = weights.index(stage)
+    copy_tile(w, [first_row, channel], barrier, both.slice(0, FEATURES, 0), pred=wanted)
+    copy_tile(w, [second_row, channel], barrier, both.slice(FEATURES, FEATURES, 0), pred=wanted)
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def wait_for_inputs(EARLY: gl.constexpr):  # type: ignore[no-untyped-def]
+    """As experts/kernels/early.py has it."""
+    if EARLY:
+        assembly("griddepcontrol.wait; // $0")
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def let_next_start(EARLY: gl.constexpr):  # type: ignore[no-untyped-def]
+    """As experts/kernels/early.py has it."""
+    if EARLY:
+        assembly("griddepcontrol.launch_dependents; // $0")
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def assembly(instruction: gl.constexpr):  # type: ignore[no-untyped-def]
+    """One that has an effect and no result."""
+    gl.inline_asm_elementwise(instruction, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -30,14 +89,27 @@ def _add(a, b):  # type: ignore[no-untyped-def]
 
 @gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
 def all_slots(ends, buffers, num_slots, SLOTS: gl.constexpr, ROWS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """As experts/kernels/tiles.py has it."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    slot = gl.arange(0, SLOTS, layout)
+    """As experts/kernels/tiles.py has it; of 128 rows, tiles with less than half of them come last.
+
+    So they fill up what the last turn leaves free. SLOTS entries for a slot's other tiles are followed by
+    as many for the last one.
+    """
+    LISTS: gl.constexpr = 2 if ROWS == 2 * HALF else 1
+    each: gl.constexpr = LISTS * SLOTS // 32  # every warp has all of them: sums need no other
+    layout: gl.constexpr = gl.BlockedLayout([each], [32], [gl.num_warps()], [0])
+    entry = gl.arange(0, LISTS * SLOTS, layout)
+    slot = entry % SLOTS
     here = slot < num_slots
     end = gl.load(ends + slot, mask=here, other=0)
     begin = gl.load(ends + slot - 1, mask=here & (slot > 0), other=0)
     buffer = gl.load(buffers + slot, mask=here, other=0)
-    tiles = (end - begin + ROWS - 1) // ROWS
+    if LISTS == 2:
+        large = (end - begin + HALF - 1) // ROWS
+        last = entry >= SLOTS
+        begin = gl.where(last, begin + large * ROWS, begin)
+        tiles = gl.where(last, (end > begin).to(gl.int32), large)
+    else:
+        tiles = (end - begin + ROWS - 1) // ROWS
     return begin, end, buffer, tiles, gl.associative_scan(tiles, 0, _add)
 
 
@@ -47,7 +119,7 @@ def tile_of(  # type: ignore[no-untyped-def]
 ):
     """As experts/kernels/tiles.py has it."""
     mine = (until * num_blocks > work) & ((until - tiles) * num_blocks <= work)
-    tiles_here = gl.sum(gl.where(mine, tiles, 0), 0)
+    tiles_here = gl.maximum(gl.sum(gl.where(mine, tiles, 0), 0), 1)
     inside = work - gl.sum(gl.where(mine, until - tiles, 0), 0) * num_blocks
     first = gl.sum(gl.where(mine, begin, 0), 0) + inside % tiles_here * ROWS
     return (

@@ -8,14 +8,13 @@ and so does every wgmma of e4m3: tests/gpu/test_linear.py. So the tile may follo
 bf16 weights have one part. Products of e4m3 and of fp32 weights take longer chains of instructions
 for fewer bytes, so few output rows are spread over the multiprocessors by parts: with few tokens each
 part has a program, and the last of a tile to arrive adds them up; with many one program walks them
-all. Both make the same additions.
+all, and so does one that has its weights already (`hopper_linear_few`). All make the same additions.
 
 Legend: T tokens, O output and I input channels, N independent products, B blocks of 128 channels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -25,28 +24,18 @@ from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from experts.kernels.counters import counters
+from experts.kernels.early import early
+from experts.kernels.linear_few import OUTPUTS, TOKENS, has_wgmma, linear_few
 from experts.kernels.linear_kernels import by_descriptors, by_pointers
+from experts.kernels.linear_tiles import (
+    MULTIPROCESSORS,
+    Tiles,
+    part_channels,
+    programs_of,
+    tiles_for,
+)
 from experts.kernels.quantize import quantize
 from experts.kernels.types import BLOCK, QuantizedRows
-
-MULTIPROCESSORS = 132
-"""Of a Hopper GPU: what tiles are chosen for. Programs beyond them wait for a second turn."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """How one call is cut; none of it changes a bit of the result (fp32 weights: `channels` does).
-
-    `tokens_first`: tokens on the M side of the instruction; 8-bit tiles of many tokens then need few
-    registers for their scales. 8-bit tiles must run wgmma: 64 or more on the M side, 16 on the other.
-    """
-
-    outputs: int
-    tokens: int
-    channels: int
-    warps: int
-    stages: int
-    tokens_first: bool = False
 
 
 def linear(
@@ -98,82 +87,28 @@ def linear_fp32(x_TH: Tensor, w_EH: Tensor) -> Tensor:
     return out_TE
 
 
-# From few and narrow tiles to many and wide ones, as measured on an H200.
-_BF16_TILES: tuple[Tiles, ...] = (
-    Tiles(outputs=64, tokens=16, channels=256, warps=4, stages=5),
-    Tiles(outputs=64, tokens=32, channels=256, warps=4, stages=4),
-    Tiles(outputs=64, tokens=64, channels=128, warps=4, stages=6, tokens_first=True),
-    Tiles(outputs=128, tokens=64, channels=128, warps=4, stages=4, tokens_first=True),
-    Tiles(outputs=128, tokens=128, channels=64, warps=8, stages=4, tokens_first=True),
-    Tiles(outputs=256, tokens=128, channels=64, warps=8, stages=3, tokens_first=True),
-)
-_OLDER_TILES: tuple[Tiles, ...] = (  # GPUs with less shared memory and no copy engine
-    Tiles(outputs=64, tokens=16, channels=128, warps=4, stages=3),
-    Tiles(outputs=64, tokens=64, channels=64, warps=4, stages=4),
-    Tiles(outputs=128, tokens=128, channels=64, warps=8, stages=3),
-)
-_MANY_ROWS = Tiles(outputs=64, tokens=16, channels=256, warps=4, stages=4)
-_FEW_LONG_ROWS = Tiles(outputs=16, tokens=16, channels=512, warps=2, stages=4)
-_FLOAT8_TILES: tuple[Tiles, ...] = (
-    Tiles(outputs=64, tokens=16, channels=128, warps=4, stages=5),
-    Tiles(outputs=64, tokens=32, channels=128, warps=4, stages=5),
-    Tiles(outputs=64, tokens=64, channels=128, warps=4, stages=5, tokens_first=True),
-    Tiles(outputs=128, tokens=64, channels=128, warps=4, stages=4, tokens_first=True),
-)
-_HEAD_TILES: tuple[Tiles, ...] = (
-    Tiles(outputs=64, tokens=16, channels=128, warps=4, stages=4),
-    Tiles(outputs=64, tokens=64, channels=64, warps=4, stages=4),
-    Tiles(outputs=128, tokens=128, channels=64, warps=8, stages=3),
-)
-_FP32_TILES: tuple[Tiles, ...] = (
-    Tiles(outputs=32, tokens=16, channels=64, warps=4, stages=4),
-    Tiles(outputs=64, tokens=64, channels=64, warps=4, stages=3),
-)
+def linear_fp32_parts(x_TH: Tensor, w_EH: Tensor) -> Tensor:
+    """`linear_fp32` as [P, T, E]: what is to be added up in order, for a kernel that reads it anyway.
 
-
-def part_channels(num: int, outputs: int, inputs: int, dtype: torch.dtype) -> int:
-    """Channels of a part: it alone decides in which order a row's products are added.
-
-    From the shape and type of the weight only; a multiple of 128, or everything.
+    With few rows a part is made by a program of its own, and nobody has to wait for the last of them.
     """
-    if dtype == torch.bfloat16:
-        return inputs
-    tiles = num * triton.cdiv(outputs, 64)
-    parts = max(1, min(170 // tiles, inputs // (256 if dtype == torch.float32 else 512), 16))
-    return int(triton.cdiv(triton.cdiv(inputs, parts), BLOCK)) * BLOCK
-
-
-def tiles_for(
-    num: int, num_tokens: int, outputs: int, inputs: int, dtype: torch.dtype, *, hopper: bool = True
-) -> Tiles:
-    """The smallest tile of which every multiprocessor has one at most, or the largest that fits."""
-    if dtype == torch.bfloat16 and not hopper:
-        return _OLDER_TILES[(num_tokens > 16) + (num_tokens > 1024)]
-    if dtype == torch.float32:
-        return _FP32_TILES[num_tokens > (128 if outputs <= 64 else 16)]
-    if dtype == torch.float8_e4m3fn:
-        choice = _FLOAT8_TILES
-    elif num > 1:
-        return _HEAD_TILES[(num_tokens > 16) + (num_tokens > 256)]
-    elif num_tokens <= 16 and outputs <= 3072 and inputs >= 4096:
-        return _FEW_LONG_ROWS
-    elif num_tokens <= 16 and outputs > 4096:
-        return _MANY_ROWS
-    else:
-        choice = _BF16_TILES[num_tokens > 32 :]
-    fitting = [t for t in choice if t.tokens < 2 * num_tokens] or choice[:1]
-    for tiles in fitting:
-        if _programs(tiles, num_tokens, outputs) <= MULTIPROCESSORS:
-            return tiles
-    return fitting[-1]
-
-
-def _programs(tiles: Tiles, num_tokens: int, outputs: int) -> int:
-    return int(triton.cdiv(outputs, tiles.outputs) * triton.cdiv(num_tokens, tiles.tokens))
+    num_tokens, (outputs, inputs) = len(x_TH), w_EH.shape
+    tiles = tiles_for(1, num_tokens, outputs, inputs, w_EH.dtype)
+    num_parts = triton.cdiv(inputs, part_channels(1, outputs, inputs, w_EH.dtype))
+    if not _is_spread(num_parts, programs_of(tiles, num_tokens, outputs)):
+        return linear_fp32(x_TH, w_EH).unsqueeze(0)
+    parts_PTE = torch.empty(num_parts, num_tokens, outputs, device=x_TH.device, dtype=torch.float32)
+    _product(x_TH.unsqueeze(1), w_EH.unsqueeze(0), parts_PTE[0].unsqueeze(1), None, None, parts_PTE)
+    return parts_PTE
 
 
 def _product(
-    x_TNI: Tensor, w_NOI: Tensor, out_TNO: Tensor, x_scale: Tensor | None, w_scale: Tensor | None
+    x_TNI: Tensor,
+    w_NOI: Tensor,
+    out_TNO: Tensor,
+    x_scale: Tensor | None,
+    w_scale: Tensor | None,
+    parts: Tensor | None = None,
 ) -> None:
     num_tokens, num, inputs = x_TNI.shape
     outputs = w_NOI.shape[1]
@@ -192,15 +127,17 @@ def _product(
         return
     hopper = _is_hopper(x_TNI.device)
     tiles = tiles_for(num, num_tokens, outputs, inputs, w_NOI.dtype, hopper=hopper)
-    describable = hopper and num == 1 and tiles is not _FEW_LONG_ROWS
+    describable = hopper and num == 1 and not tiles.by_pointers
+    part = part_channels(num, outputs, inputs, w_NOI.dtype)
+    if _is_for_few(w_NOI, num_tokens) and linear_few(x_TNI, w_NOI, out_TNO, x_scale, w_scale, part):
+        return
     if describable and _described(x_TNI, w_NOI, out_TNO, tiles):
         return
-    part = part_channels(num, outputs, inputs, w_NOI.dtype)
+    programs = programs_of(tiles, num_tokens, outputs)
     num_parts = triton.cdiv(inputs, part)
-    programs = _programs(tiles, num_tokens, outputs)
-    spread = num_parts > 1 and num * programs * num_parts <= 2 * MULTIPROCESSORS
-    partial, counts = out_TNO, out_TNO
-    if spread:
+    spread = _is_spread(num_parts, num * programs)
+    partial, counts = out_TNO if parts is None else parts, out_TNO
+    if spread and parts is None:
         partial = torch.empty(
             num_parts, num, num_tokens, outputs, device=x_TNI.device, dtype=torch.float32
         )
@@ -211,9 +148,28 @@ def _product(
         x_TNI.stride(0), x_TNI.stride(1), out_TNO.stride(0), out_TNO.stride(1),
         BLOCK_O=tiles.outputs, BLOCK_T=tiles.tokens, BLOCK_I=tiles.channels,
         EVEN=inputs % tiles.channels == 0, SCALED=x_scale is not None, PARTS=num_parts,
-        SPREAD=spread, TOKENS_FIRST=tiles.tokens_first,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        SPREAD=spread, JOINED=parts is None, TOKENS_FIRST=tiles.tokens_first,
+        num_warps=tiles.warps, num_stages=tiles.stages, **early(x_TNI.device),
     )  # fmt: skip
+
+
+def _is_for_few(w_NOI: Tensor, num_tokens: int) -> bool:
+    """Whether the kernel for few tokens is the faster one: with e4m3 weights, and those of heads.
+
+    With bf16 weights of many megabytes it is slower than the copy engine's pipeline.
+    """
+    num, outputs, _ = w_NOI.shape
+    return (
+        num_tokens <= TOKENS
+        and num * triton.cdiv(outputs, OUTPUTS) <= MULTIPROCESSORS
+        and (num > 1 or w_NOI.dtype == torch.float8_e4m3fn)
+        and has_wgmma(w_NOI.device)
+    )
+
+
+def _is_spread(num_parts: int, programs: int) -> bool:
+    """Whether each part has a program of its own."""
+    return num_parts > 1 and programs * num_parts <= 2 * MULTIPROCESSORS
 
 
 @cache
@@ -233,11 +189,11 @@ def _described(x_T1I: Tensor, w_1OI: Tensor, out_T1O: Tensor, tiles: Tiles) -> b
         [tiles.outputs, tiles.channels],
         [tiles.tokens, tiles.outputs],
     )
-    by_descriptors[(_programs(tiles, num_tokens, outputs),)](
+    by_descriptors[(programs_of(tiles, num_tokens, outputs),)](
         *(TensorDescriptor.from_tensor(r, box) for r, box in zip(rows, boxes, strict=True)),
         num_tokens, outputs, inputs,
         BLOCK_O=tiles.outputs, BLOCK_T=tiles.tokens, BLOCK_I=tiles.channels,
         TOKENS_FIRST=tiles.tokens_first, LOOPED=tiles.warps == 8,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, **early(rows[0].device),
     )  # fmt: skip
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from experts.kernels.early import let_next_start, wait_for_inputs
 from experts.kernels.product import product
 
 
@@ -17,9 +18,13 @@ def by_pointers(  # type: ignore[no-untyped-def]
     x, w, out, x_scale, w_scale, partial, counts,
     num_tokens, outputs, inputs, part_size, x_token, x_number, out_token, out_number,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, EVEN: tl.constexpr,
-    SCALED: tl.constexpr, PARTS: tl.constexpr, SPREAD: tl.constexpr, TOKENS_FIRST: tl.constexpr,
+    SCALED: tl.constexpr, PARTS: tl.constexpr, SPREAD: tl.constexpr, JOINED: tl.constexpr,
+    TOKENS_FIRST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One tile of outputs and tokens: all parts of it, or (SPREAD) one part, the last adding all up."""
+    """One tile of outputs and tokens: all parts of it, or (SPREAD) one part, the last adding all up if they are
+    to be JOINED."""
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     o_tiles, t_tiles = tl.cdiv(outputs, BLOCK_O), tl.cdiv(num_tokens, BLOCK_T)
     o_tile, t_tile = _place(tl.program_id(0), o_tiles, t_tiles)
     number = tl.program_id(1).to(tl.int64)
@@ -64,23 +69,25 @@ def by_pointers(  # type: ignore[no-untyped-def]
         at = partial + (number * num_tokens + t_side) * outputs + o_side
         each = tl.num_programs(1).to(tl.int64) * num_tokens * outputs
         tl.store(at + tl.program_id(2) * each, total, mask=here)
-        tl.debug_barrier()  # all of the tile is stored before it is counted
-        count = counts + number * tl.num_programs(0) + tl.program_id(0)
-        if tl.atomic_add(count, 1, sem="acq_rel") < PARTS - 1:
-            return
-        tl.store(count, 0)  # for the next call
-        total = _zeros(BLOCK_O, BLOCK_T, TOKENS_FIRST)
-        for part in tl.static_range(PARTS):
-            total += tl.load(at + part * each, mask=here, other=0.0, cache_modifier=".cg")
-    at_out = out + number * out_number + t_side * out_token + o_side
-    tl.store(at_out, total.to(out.dtype.element_ty), mask=here)
+        if JOINED:
+            tl.debug_barrier()  # all of the tile is stored before it is counted
+            count = counts + number * tl.num_programs(0) + tl.program_id(0)
+            if tl.atomic_add(count, 1, sem="acq_rel") < PARTS - 1:
+                return
+            tl.store(count, 0)  # for the next call
+            total = _zeros(BLOCK_O, BLOCK_T, TOKENS_FIRST)
+            for part in tl.static_range(PARTS):
+                total += tl.load(at + part * each, mask=here, other=0.0, cache_modifier=".cg")
+    if not SPREAD or JOINED:
+        at_out = out + number * out_number + t_side * out_token + o_side
+        tl.store(at_out, total.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def by_descriptors(  # type: ignore[no-untyped-def]
     x, w, out, num_tokens, outputs, inputs,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, TOKENS_FIRST: tl.constexpr,
-    LOOPED: tl.constexpr,
+    LOOPED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile of bf16: what the copy engine reads beyond an edge is 0, and it writes nothing there.
 
@@ -88,6 +95,8 @@ def by_descriptors(  # type: ignore[no-untyped-def]
     the operands'. Tiles of 8 warps are a quarter faster for it, those of 4 a little slower.
     """
     o_tiles, t_tiles = tl.cdiv(outputs, BLOCK_O), tl.cdiv(num_tokens, BLOCK_T)
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     if LOOPED:
         for program in tl.range(tl.program_id(0), o_tiles * t_tiles, tl.num_programs(0)):
             _describe(

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from experts.kernels.early import early, let_next_start, wait_for_inputs
 from experts.kernels.types import BLOCK, QuantizedRows
 
 _FEW_ROWS = 256  # wait for memory rather than fill it: more threads for each
@@ -39,12 +40,17 @@ def quantize(x_RH: Tensor) -> QuantizedRows:
             scale_RB,
             GROUP=group,
             num_warps=max(1, group // (2 if num_rows <= _FEW_ROWS else 4)),
+            **early(x_RH.device),
         )
     return QuantizedRows(q_RH=q_RH, scale_RB=scale_RB)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _quantize(x, q_out, scale_out, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _quantize(  # type: ignore[no-untyped-def]
+    x, q_out, scale_out, GROUP: tl.constexpr, EARLY: tl.constexpr
+):
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     blocks = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP)
     at = blocks[:, None] * 128 + tl.arange(0, 128)[None, :]
     q, scale = quantize_blocks(tl.load(x + at).to(tl.float32))

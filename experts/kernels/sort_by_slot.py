@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from experts.kernels.early import early, let_next_start, wait_for_inputs
 from experts.kernels.types import SortedPairs
 
 _WHOLE = 4096
@@ -61,23 +62,26 @@ def sort_by_slot(
         counts_CS = torch.empty((parts, num_slots), dtype=torch.int32, device=device)
         _count[(parts, triton.cdiv(num_slots, _FEW_SLOTS))](
             slots_RK, counts_CS, num_pairs, num_slots,
-            BLOCK=block, SLOTS=_FEW_SLOTS, num_warps=4,
+            BLOCK=block, SLOTS=_FEW_SLOTS, num_warps=4, **early(device),
         )  # fmt: skip
     _sort[(parts, triton.cdiv(num_slots, slots_each))](
         slots_RK, counts_CS, pair_P, place_RK, ends_S,
         ends_S if counter_S is None else counter_S, num_pairs, num_slots,
         BLOCK=block, WHOLE=whole, PARTS=triton.next_power_of_2(parts),
         SLOTS=1 if whole else triton.next_power_of_2(num_slots), COUNT=counter_S is not None,
-        EACH=slots_each, num_warps=min(max(block // _PAIRS_OF_A_WARP, 4), 8),
+        EACH=slots_each, num_warps=min(max(block // _PAIRS_OF_A_WARP, 4), 8), **early(device),
     )  # fmt: skip
     return SortedPairs(pair_P=pair_P, place_RK=place_RK, ends_S=ends_S)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_slots"])  # type: ignore[untyped-decorator,unused-ignore]
 def _count(  # type: ignore[no-untyped-def]
-    slots, counts_out, num_pairs, num_slots, BLOCK: tl.constexpr, SLOTS: tl.constexpr
-):
+    slots, counts_out, num_pairs, num_slots,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """How many pairs of one part each of a few slots has."""
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     part, first = tl.program_id(0), tl.program_id(1) * SLOTS
     at = part * BLOCK + tl.arange(0, BLOCK)
     found = tl.load(slots + at, mask=at < num_pairs, other=-1).to(tl.int32)
@@ -91,8 +95,10 @@ def _count(  # type: ignore[no-untyped-def]
 def _sort(  # type: ignore[no-untyped-def]
     slots, counts, pair_out, place_out, ends_out, counter, num_pairs, num_slots,
     BLOCK: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr,
-    COUNT: tl.constexpr, EACH: tl.constexpr,
+    COUNT: tl.constexpr, EACH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     part = tl.program_id(0)
     at = part * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_pairs

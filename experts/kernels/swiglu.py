@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from experts.kernels.early import early, let_next_start, wait_for_inputs
 from experts.kernels.quantize import quantize_blocks
 from experts.kernels.types import BLOCK, QuantizedRows
 
@@ -27,7 +28,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
         block = min(_BLOCK, triton.next_power_of_2(intermediate))
         _swiglu[(num_rows, triton.cdiv(intermediate, block))](
             gate_up, out_TI, I=intermediate, BLOCK=block, num_warps=max(1, block // 256),
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, **early(gate_up.device),
         )  # fmt: skip
     return out_TI
 
@@ -44,7 +45,7 @@ def swiglu_quantized(gate_up: Tensor) -> QuantizedRows:
     if num_rows:
         _swiglu_quantized[(num_rows, blocks // group)](
             gate_up, q_TI, scale_TB, I=intermediate, GROUP=group, num_warps=max(1, group // 2),
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, **early(device),
         )  # fmt: skip
     return QuantizedRows(q_RH=q_TI, scale_RB=scale_TB)
 
@@ -56,7 +57,11 @@ def _activated(gate, up):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _swiglu(gate_up, out, I: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E741
+def _swiglu(  # type: ignore[no-untyped-def]
+    gate_up, out, I: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr  # noqa: E741
+):  # fmt: skip
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < I
     gate = tl.load(gate_up + row * 2 * I + at, mask=inside)
@@ -66,8 +71,11 @@ def _swiglu(gate_up, out, I: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _swiglu_quantized(  # type: ignore[no-untyped-def]
-    gate_up, q_out, scale_out, I: tl.constexpr, GROUP: tl.constexpr  # noqa: E741
+    gate_up, q_out, scale_out,
+    I: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,  # noqa: E741
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     blocks = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     at = blocks[:, None] * 128 + tl.arange(0, 128)[None, :]

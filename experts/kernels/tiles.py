@@ -22,8 +22,8 @@ class Tiles:
     """How a grouped product is cut: `rows` x `features` a program, `depth` in-features at a time.
 
     `programs` a multiprocessor may run at once. `specialised`: the kernels for Hopper GPUs
-    (experts/kernels/hopper.py).
-    Nothing here but `depth` changes a bit of a result (see tests/gpu/test_grouped.py).
+    (experts/kernels/hopper.py), whose programs take two blocks of `features` each.
+    Nothing here but `depth` changes a bit of a result (see tests/gpu/test_grouped_tiles.py).
     """
 
     rows: int

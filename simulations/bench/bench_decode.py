@@ -6,18 +6,22 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from cluster.model.cuda.transformer import Quantization
+from cluster.config import CommsConfig
+from cluster.model.cuda.tensor_parallel import DividedReplica, connect_replica
+from cluster.model.cuda.transformer import Quantization, kernel_ops
 from comms.groups import ParallelGroups
 from comms.launch import RankPool
-from comms.store import connect_store, host_store
+from comms.store import PrefixStore
 from comms.topology import Topology
+from router.placement import Placement
 from simulations.bench.model_on_gpu import PREFILL_ROWS, ModelBench
 from simulations.hardware.gpu_rows import memory_bandwidth
 from simulations.hardware.gpu_timing import ClockLog, warm_up
@@ -84,12 +88,15 @@ def run_pair(
     batches: Sequence[int] = (1, 8, 64, 256),
     context: int = 128,
     prefill: tuple[int, int] = (2, 2048),
+    tensor_parallel: bool = False,
     timeout_s: float = 120.0,
 ) -> dict[str, Any]:
-    """The same on two GPUs, experts divided over them and each with sequences of its own: results as in
-    `run`, where batches, tokens and tokens/s are of both together."""
-    topology = Topology(num_nodes=1, ranks_per_node=2, tensor_parallel_size=1)
-    compile_kernels(preset, quantizations, batches, context, prefill)
+    """The same on two GPUs, experts divided over them: results as in `run`, where batches, tokens and
+    tokens/s are of both together. Each has sequences of its own, of `batches` of them; `tensor_parallel`:
+    both have the same, and half of the heads."""
+    size = 2 if tensor_parallel else 1
+    topology = Topology(num_nodes=1, ranks_per_node=2, tensor_parallel_size=size)
+    compile_kernels(preset, quantizations, batches, context, prefill, size)
     with RankPool(2) as pool:
         ranks = pool.run(
             _measure_rank, topology, preset, quantizations, batches, context, prefill,
@@ -105,11 +112,14 @@ def compile_kernels(
     batches: Sequence[int],
     context: int,
     prefill: tuple[int, int],
+    ranks_of_replica: int = 1,
 ) -> None:
     """Triton's cache filled by several processes at once, each with two layers of the model: one alone
     would compile for minutes."""
     shapes = [*((batch, context) for batch in batches), None]
-    tasks = [(preset, q, shape, prefill) for q in quantizations for shape in shapes]
+    tasks = [
+        (preset, q, shape, prefill, ranks_of_replica) for q in quantizations for shape in shapes
+    ]
     processes = min(len(tasks), os.cpu_count() or 2)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         list(pool.map(_compile, *zip(*tasks, strict=True)))
@@ -120,11 +130,18 @@ def _compile(
     quantization: Quantization,
     decode: tuple[int, int] | None,
     prefill: tuple[int, int],
+    ranks_of_replica: int,
 ) -> None:
     config = load_model(preset)
     has_dense = config.dense_intermediate_size > 0
     config = replace(config, num_layers=2, moe_layers=(1,) if has_dense else (0, 1))
-    bench = ModelBench(config, quantization, bandwidth=1.0)
+    replica = None
+    if ranks_of_replica > 1:
+        rows = RowsOfOne(ranks_of_replica)
+        replica = DividedReplica(
+            rows=rows, size=rows.size, idx=0, vocab_size=config.vocab_size, ops=kernel_ops()
+        )
+    bench = ModelBench(config, quantization, bandwidth=1.0, replica=replica)
     if decode is None:
         bench.prefill(*prefill)
     else:
@@ -139,40 +156,38 @@ def _measure_rank(
     context: int,
     prefill: tuple[int, int],
 ) -> dict[str, Any]:
-    from cluster.model.cuda.exchange import SymmetricExchange
-    from comms.symmetric_layout import SymmetricLayout
+    from cluster.model.cuda.exchange import connect_exchange
 
+    capacity = max(*batches, prefill[0] * prefill[1], PREFILL_ROWS)
     torch.cuda.set_device(groups.rank)
     device = torch.device("cuda", groups.rank)
-    store, address = host_store() if groups.rank == 0 else (None, "")
-    address = groups.world.broadcast_bytes(address.encode() or None, 0).decode()
     config, size = load_model(preset), groups.world.size
     warm_up()
     bandwidth = memory_bandwidth()["write"]
     of_models: dict[str, Any] = {}
     for quantization in quantizations:
-        layout = SymmetricLayout(
-            world_size=size,
-            slots_per_rank=config.num_experts // size,
-            hidden=config.hidden_size,
-            num_topk=config.gate.num_experts_per_token,
-            capacity=max(*batches, prefill[0] * prefill[1], PREFILL_ROWS),
-            dispatch_dtype="float8" if quantization else "bfloat16",
-            combine="fixed",
-        )
-        exchange = SymmetricExchange.connect(
-            layout, store or connect_store(address), groups.rank, device, groups.where
-        )
-        bench = ModelBench(config, quantization, bandwidth, groups, exchange)
+        name = quantization or "bfloat16"
+        assert groups.store is not None
+        own = replace(groups, store=PrefixStore(name, groups.store))
+        placement = Placement.contiguous(config.num_moe_layers, config.num_experts, size)
+        exchange = connect_exchange(
+            config, own, placement, CommsConfig(),
+            float8=quantization == "fp8", capacity=capacity, device=device,
+        )  # fmt: skip
+        replica = connect_replica(config, own, kernel_ops(), capacity=capacity, device=device)
+        divided = replica if isinstance(replica, DividedReplica) else None
+        bench = ModelBench(config, quantization, bandwidth, groups, exchange, divided)
         row = bench.prefill(*prefill)
-        row["tokens"], row["tokens_per_s"] = size * row["tokens"], size * row["tokens_per_s"]
+        different = groups.topology.num_replicas
+        row["tokens"] *= different
+        row["tokens_per_s"] *= different
         decode: dict[str, Any] = {}
-        of_models[quantization or "bfloat16"] = {"prefill": row, "decode": decode}
+        of_models[name] = {"prefill": row, "decode": decode}
         for batch in batches:
             found = bench.decode(batch, context, None)
-            found["tokens_per_s"] *= size
-            decode[str(size * batch)] = found
-        del bench, exchange
+            found["tokens_per_s"] *= different
+            decode[str(different * batch)] = found
+        del bench, exchange, replica, divided
         gc.collect()
         torch.cuda.empty_cache()
     return {
@@ -182,3 +197,31 @@ def _measure_rank(
         "context": context,
         "results": of_models,
     }
+
+
+@dataclass
+class RowsOfOne:
+    """Moves of a replica of `size` without the others: shapes are right, numbers are not. To compile by."""
+
+    size: int
+    num_rows: int = 1
+
+    def expect(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+
+    def gather(
+        self, x_OH: Tensor, added_OH: Tensor | None = None, norm: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        return x_OH.repeat(self.size, 1)[: self.num_rows], x_OH
+
+    def scatter(
+        self, parts_TH: Tensor, residual_OH: Tensor | None = None, norm: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        own_OH = parts_TH[: -(-self.num_rows // self.size)]
+        return own_OH, own_OH
+
+    def gather_logits(self, logits_LW: Tensor, first: int, out_LV: Tensor) -> None:
+        out_LV.zero_()
+
+    def check(self) -> None:
+        pass

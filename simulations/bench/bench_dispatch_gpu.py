@@ -13,7 +13,10 @@ The floor of a way is the bytes that leave a rank over the link's 450 GB/s each 
     combine_fixed     the same in integers, which no placement changes
     round_trip        float8 dispatch and combine_pairs, with nothing between
     peer_copy         the same bytes as bfloat16 dispatch, by the copy engine's kernel of torch
-    nccl              the same, by all_to_all_single
+    nccl              the same, by its sends and receives
+
+With `rail` each GPU is a node of its own, and the same ways, named nodes_*, go over NCCL (`comms/nodes.py`):
+all rows to all nodes, needed or not, and combine_fixed in 32 bits. Here NCCL takes NVLink too.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,9 +33,9 @@ from torch import Tensor
 
 from comms.groups import ParallelGroups
 from comms.launch import RankPool
-from comms.nccl import NcclExchange
+from comms.nccl import NcclRail
 from comms.reference import RankInput, reference_combine, reference_dispatch
-from comms.store import connect_store, host_store
+from comms.store import PrefixStore, connect_store, host_store
 from comms.symmetric_layout import DispatchDtype, SumMode, SymmetricLayout
 from comms.topology import Topology
 
@@ -56,6 +59,7 @@ class GpuWorkload:
     num_experts: int = 256
     num_topk: int = 8
     programs: int | None = None
+    rail: bool = False
 
     def __post_init__(self) -> None:
         if self.num_experts % self.ranks:
@@ -127,8 +131,9 @@ def _measure(
     checks = bench.check()
     results: dict[str, dict[int, dict[str, float]]] = {}
     for tokens in workload.tokens:
-        for name, figures in bench.figures(tokens).items():
-            results.setdefault(name, {})[tokens] = figures
+        for ways in (bench.inside, bench.nodes):
+            for name, figures in (bench.figures(tokens, ways) if ways else {}).items():
+                results.setdefault(name, {})[tokens] = figures
         if peers:
             for name, figures in bench.peers(tokens).items():
                 results.setdefault(name, {})[tokens] = figures
@@ -140,10 +145,55 @@ def _measure(
     }
 
 
+class Dispatcher(Protocol):
+    """What those of one node and of several have in common; handles go back to who made them."""
+
+    @property
+    def layout(self) -> SymmetricLayout: ...
+
+    def expect(self, max_tokens: int | None) -> int: ...
+
+    def dispatch(
+        self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, range_T: Tensor | None = None, /
+    ) -> tuple[Any, Any]: ...
+
+    def combine(self, y_PH: Tensor, place_RK: Tensor | None, handle: Any) -> Tensor: ...
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """Dispatchers, and what their results are called."""
+
+    float8: Dispatcher
+    bfloat16: Dispatcher
+    fixed: Dispatcher
+    prefix: str = ""
+
+    @classmethod
+    def made_by(
+        cls, make: Callable[[DispatchDtype, SumMode], Dispatcher], prefix: str = ""
+    ) -> Ways:
+        return cls(
+            float8=make("float8", "node"),
+            bfloat16=make("bfloat16", "node"),
+            fixed=make("float8", "fixed"),
+            prefix=prefix,
+        )
+
+    @property
+    def all(self) -> tuple[Dispatcher, Dispatcher, Dispatcher]:
+        return self.float8, self.bfloat16, self.fixed
+
+
 class RankBench:
     """One rank's inputs, dispatchers and clock."""
 
     def __init__(self, groups: ParallelGroups, address: str, workload: GpuWorkload) -> None:
+        from comms.gpu_dispatcher import connect_dispatcher
         from comms.symmetric import SymmetricDispatcher
 
         self.groups, self.workload, self.rank = groups, workload, groups.rank
@@ -152,15 +202,23 @@ class RankBench:
         self.store = connect_store(address)
 
         def dispatcher(dtype: DispatchDtype, combine: SumMode) -> SymmetricDispatcher:
-            return SymmetricDispatcher.connect(
+            made = SymmetricDispatcher.connect(
                 workload.layout(dtype, combine), self.store, self.rank, self.device,
                 timeout_s=20.0, programs=workload.programs,
             )  # fmt: skip
+            self._memory = made.memory
+            return made
 
-        self.float8 = dispatcher("float8", "node")
-        self.bfloat16 = dispatcher("bfloat16", "node")
-        self.fixed = dispatcher("float8", "fixed")
-        self._nccl: NcclExchange | None = None
+        def of_nodes(dtype: DispatchDtype, combine: SumMode) -> Dispatcher:
+            return connect_dispatcher(
+                Topology(num_nodes=workload.ranks, ranks_per_node=1), workload.layout(dtype, combine),
+                PrefixStore(f"{dtype}/{combine}", self.store), self.rank, self.device,
+                timeout_s=20.0, programs=workload.programs,
+            )  # fmt: skip
+
+        self.inside = Ways.made_by(dispatcher)
+        self.nodes = Ways.made_by(of_nodes, "nodes_") if workload.rail else None
+        self._nccl: NcclRail | None = None
 
     # -- correctness -------------------------------------------------------------------------
 
@@ -168,31 +226,37 @@ class RankBench:
         """Bitwise against the reference, and REPEATS times against itself."""
         tokens = min(CHECKED_TOKENS, max(self.workload.tokens))
         inputs = [self._input(rank, tokens) for rank in range(self.workload.ranks)]
-        for dispatcher, mode in (
-            (self.float8, "node"),
-            (self.bfloat16, "node"),
-            (self.fixed, "fixed"),
-        ):
-            dispatcher.expect(tokens)
-            seen = []
-            for _ in range(REPEATS):
-                received, handle = dispatcher.dispatch(*self._arguments(inputs[self.rank], mode))
-                places, y_PH = self._outputs(received.local_slots_RK, self.rank)
-                out_TH = dispatcher.combine(y_PH, places, handle)
-                is_sent_R = (received.local_slots_RK >= 0).any(1)
-                rows = [
-                    received.x_RH.view(torch.uint8)[is_sent_R],
-                    received.local_slots_RK[is_sent_R],
-                ]
-                rows += [] if received.scale_RB is None else [received.scale_RB[is_sent_R]]
-                seen.append([x.cpu() for x in (*rows, out_TH)])
-            torch.cuda.synchronize()
-            dispatcher.check()
-            for again in seen[1:]:
-                for a, b in zip(seen[0], again, strict=True):
-                    assert torch.equal(a, b), "two runs of the same exchange differ"
-            self._compare(dispatcher.layout, inputs, seen[0])
+        others = self.nodes.all if self.nodes else (None,) * 3
+        for dispatcher, other in zip(self.inside.all, others, strict=True):
+            seen = self._repeated(dispatcher, inputs)
+            self._compare(dispatcher.layout, inputs, seen)
+            for a, b in zip(seen, self._repeated(other, inputs) if other else seen, strict=True):
+                assert torch.equal(a, b), "nodes of one GPU give other bits than one node"
         return {"tokens": tokens, "bitwise_reference": True, "equal_repeats": REPEATS}
+
+    def _repeated(self, dispatcher: Dispatcher, inputs: list[RankInput]) -> list[Tensor]:
+        """Rows, slots, scales if there are any, and sums: REPEATS times the same."""
+        dispatcher.expect(len(inputs[0].x_TH))
+        seen = []
+        for _ in range(REPEATS):
+            received, handle = dispatcher.dispatch(
+                *self._arguments(inputs[self.rank], dispatcher.layout.combine)
+            )
+            places, y_PH = self._outputs(received.local_slots_RK, self.rank)
+            out_TH = dispatcher.combine(y_PH, places, handle)
+            is_sent_R = (received.local_slots_RK >= 0).any(1)
+            rows = [
+                received.x_RH.view(torch.uint8)[is_sent_R],
+                received.local_slots_RK[is_sent_R],
+            ]
+            rows += [] if received.scale_RB is None else [received.scale_RB[is_sent_R]]
+            seen.append([x.cpu() for x in (*rows, out_TH)])
+        torch.cuda.synchronize()
+        dispatcher.check()
+        for again in seen[1:]:
+            for a, b in zip(seen[0], again, strict=True):
+                assert torch.equal(a, b), "two runs of the same exchange differ"
+        return seen[0]
 
     def _compare(
         self, layout: SymmetricLayout, inputs: list[RankInput], seen: list[Tensor]
@@ -215,29 +279,31 @@ class RankBench:
 
     # -- time --------------------------------------------------------------------------------
 
-    def figures(self, tokens: int) -> dict[str, dict[str, float]]:
+    def figures(self, tokens: int, ways: Ways) -> dict[str, dict[str, float]]:
         """Of each way: microseconds, those of its floor, bytes that leave this rank."""
         hidden = self.workload.hidden
         found: dict[str, dict[str, float]] = {}
         calls: list[Callable[[], object]]
-        for dispatcher in (self.float8, self.bfloat16, self.fixed):
+        for dispatcher in ways.all:
             dispatcher.expect(tokens)
         inputs = self._copies(tokens)
         sent = self._rows_to_peers(inputs[0].slots_TK)
         meta = 8 * self.workload.num_topk
         wire = {"float8": hidden + hidden // 32 + meta, "bfloat16": 2 * hidden + meta}
-        for dispatcher in (self.float8, self.bfloat16):
+        for dispatcher in (ways.float8, ways.bfloat16):
             dtype = dispatcher.layout.dispatch_dtype
             calls = [partial(dispatcher.dispatch, *self._arguments(x, "node")) for x in inputs]
             found[f"dispatch_{dtype}"] = self._timed(calls, sent * wire[dtype])
-        for name, dispatcher, mode in (
-            ("combine_sums", self.bfloat16, "node"),
-            ("combine_pairs", self.bfloat16, "node"),
-            ("combine_fixed", self.fixed, "fixed"),
+        for name, dispatcher in (
+            ("combine_sums", ways.bfloat16),
+            ("combine_pairs", ways.bfloat16),
+            ("combine_fixed", ways.fixed),
         ):
             calls = []
             for x in inputs[:2]:
-                received, handle = dispatcher.dispatch(*self._arguments(x, mode))
+                received, handle = dispatcher.dispatch(
+                    *self._arguments(x, dispatcher.layout.combine)
+                )
                 places, y_PH = self._outputs(received.local_slots_RK, self.rank)
                 if name == "combine_sums":
                     shape = (self.workload.ranks * tokens, hidden)
@@ -247,21 +313,24 @@ class RankBench:
                     calls.append(partial(dispatcher.combine, y_PH, places, handle))
             found[name] = self._timed(calls, sent * 2 * hidden)
         calls = [
-            partial(self._round_trip, self._arguments(x, "node"), y_PH, places) for x in inputs
+            partial(self._round_trip, ways.float8, self._arguments(x, "node"), y_PH, places)
+            for x in inputs
         ]
         found["round_trip"] = self._timed(calls, sent * (wire["float8"] + 2 * hidden))
-        for dispatcher in (self.float8, self.bfloat16, self.fixed):
+        for dispatcher in ways.all:
             dispatcher.check()
-        return found
+        return {ways.prefix + name: figures for name, figures in found.items()}
 
-    def _round_trip(self, arguments: Sequence[Tensor], y_PH: Tensor, places_RK: Tensor) -> None:
-        _, handle = self.float8.dispatch(*arguments)
-        self.float8.combine(y_PH, places_RK, handle)
+    def _round_trip(
+        self, dispatcher: Dispatcher, arguments: Sequence[Tensor], y_PH: Tensor, places_RK: Tensor
+    ) -> None:
+        _, handle = dispatcher.dispatch(*arguments)
+        dispatcher.combine(y_PH, places_RK, handle)
 
     def peers(self, tokens: int) -> dict[str, dict[str, float]]:
         """A plain copy into the next rank's memory, and NCCL, of what a bfloat16 dispatch sends."""
         world_size, hidden = self.workload.ranks, self.workload.hidden
-        memory = self.bfloat16.memory
+        memory = self._memory
         shape = (tokens, hidden)
         there = memory.handle.get_buffer(
             (self.rank + 1) % world_size, (tokens * hidden,), torch.bfloat16
@@ -270,11 +339,13 @@ class RankBench:
         calls: list[Callable[[], object]] = [partial(there.copy_, x) for x in inputs]
         found = {"peer_copy": self._timed(calls, tokens * hidden * 2)}
         if self._nccl is None:
-            self._nccl = NcclExchange(self.store, self.rank, world_size, self.device)
+            self._nccl = NcclRail(
+                self.store, self.rank, range(world_size), self.device, name="bench"
+            )
         x_WTH = torch.stack([inputs[0]] * world_size)
         out_WTH = torch.empty_like(x_WTH)
         bytes_sent = (world_size - 1) * tokens * hidden * 2
-        calls = [partial(self._nccl.all_to_all, out_WTH, x_WTH)] * 2
+        calls = [partial(self._nccl.start, out_WTH.unbind(), x_WTH.unbind())] * 2
         found["nccl"] = self._timed(calls, bytes_sent)
         return found
 
@@ -309,6 +380,8 @@ class RankBench:
 
     def close(self) -> None:
         self.groups.world.barrier()
+        for dispatcher in self.nodes.all if self.nodes else ():
+            dispatcher.close()
         if self._nccl is not None:
             self._nccl.close()
 

@@ -20,7 +20,10 @@ import torch
 from cluster.config import CommsConfig
 from cluster.model.batch import ForwardBatch
 from cluster.model.config import ModelConfig
+from cluster.model.cuda.build import WeightSource
+from cluster.model.cuda.divided_weights import DividedWeights
 from cluster.model.cuda.random_weights import RandomWeights
+from cluster.model.cuda.tensor_parallel import DividedReplica
 from cluster.model.cuda.transformer import CudaTransformer, Quantization
 from cluster.model.kv_cache import KVCache
 from comms.groups import ParallelGroups
@@ -30,7 +33,7 @@ from router.placement import Placement
 from simulations.hardware.gpu_timing import replay_seconds
 
 if TYPE_CHECKING:
-    from cluster.model.cuda.exchange import SymmetricExchange
+    from cluster.model.cuda.exchange import RankExchange
 
 BLOCK_SIZE = 16
 STEPS = 24
@@ -47,24 +50,31 @@ class ModelBench:
         quantization: Quantization,
         bandwidth: float,
         groups: ParallelGroups | None = None,
-        exchange: SymmetricExchange | None = None,
+        exchange: RankExchange | None = None,
+        replica: DividedReplica | None = None,
     ) -> None:
-        """`exchange`: expert parallel over `groups`; each rank then measures the same."""
+        """`exchange`: expert parallel over `groups`; each rank then measures the same. `replica`: tensor
+        parallel over `groups.tp`; weights are then this rank's part."""
         self._config, self._bandwidth = config, bandwidth
         groups = groups or solo_groups()
-        self._seed = groups.rank
+        self._seed = groups.topology.replica_of(groups.rank)
+        self._ranks_of_replica = 1 if replica is None else replica.size
         device = torch.device("cuda", torch.cuda.current_device())
         placement = Placement.contiguous(
             config.num_moe_layers, config.num_experts, groups.world.size
         )
+        source: WeightSource = RandomWeights(config, device)
+        if replica is not None:
+            source = DividedWeights(whole=source, size=replica.size, idx=replica.idx)
         self._model = CudaTransformer.build(
-            RandomWeights(config, device),
+            source,
             groups,
             placement,
             CommsConfig(),
             quantization=quantization,
             device=device,
             exchange=exchange,
+            replica=replica,
         )
 
     def memory(self) -> dict[str, int]:
@@ -126,8 +136,8 @@ class ModelBench:
         for _ in range(12):
             start = perf_counter()
             logits = self._model.forward(batch, kv)
-            assert logits is not None
-            logits.argmax(dim=1).tolist()
+            if logits is not None:
+                logits.argmax(dim=1).tolist()
             times.append(perf_counter() - start)
         return float(np.median(times[2:]))
 
@@ -144,7 +154,7 @@ class ModelBench:
         model, graphs = self._model, self._model.graphs
         assert graphs is not None
         width = batch.block_tables_NB.shape[1]
-        inputs = graphs.captured(batch.num_tokens, width, kv, model.compute).inputs
+        inputs = graphs.captured(batch.num_tokens, width, kv, model.outputs).inputs
         size = batch.num_tokens
 
         def begin() -> None:
@@ -153,7 +163,7 @@ class ModelBench:
             inputs.kv_slots_T[:size] = batch.kv_slots_T.to(inputs.buffer)
 
         def step() -> None:
-            inputs.token_ids_T.copy_(model.compute(inputs, kv).argmax(dim=1))
+            inputs.token_ids_T.copy_(greatest(model.compute(inputs, kv)))
             inputs.positions_T[:size] += 1
             inputs.kv_slots_T[:size] += 1  # a sequence's blocks follow each other here
 
@@ -171,9 +181,21 @@ class ModelBench:
     def _floor(self, num_sequences: int, context: int, read: float) -> float:
         model, config = self._model, self._config
         experts = model.memory()["experts"] * read / model.moe_layers[0].slots.num_slots
-        per_token = KVCache.bytes_per_block(config, ALONE, torch.bfloat16, 1)
+        replica = Topology(num_nodes=1, ranks_per_node=self._ranks_of_replica)
+        per_token = KVCache.bytes_per_block(config, replica, torch.bfloat16, 1)
         keys = per_token * num_sequences * (context + STEPS / 2)
         return float((self.bytes_read() + experts + keys) / self._bandwidth)
+
+
+def greatest(logits_TV: torch.Tensor) -> torch.Tensor:
+    """argmax of each row, in two steps: one alone has a row on a single multiprocessor."""
+    parts = next(n for n in (512, 256, 128, 64, 1) if logits_TV.shape[1] % n == 0)
+    peak_TP, at_TP = logits_TV.unflatten(1, (parts, -1)).max(dim=2)
+    best_T1 = peak_TP.argmax(dim=1, keepdim=True)
+    best_T: torch.Tensor = (best_T1 * (logits_TV.shape[1] // parts) + at_TP.gather(1, best_T1))[
+        :, 0
+    ]
+    return best_T
 
 
 def solo_groups() -> ParallelGroups:

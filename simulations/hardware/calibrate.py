@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cluster.model.config import ModelConfig
-from simulations.hardware import fit
-from simulations.hardware.calibration import Calibration
-from simulations.hardware.cpu_tables import core_tables
-from simulations.hardware.fidelity import fidelity
-from simulations.hardware.fit import fit_link, rounded
+from simulations.deployment import BYTES
+from simulations.hardware.calibration import NAMES, Calibration
+from simulations.hardware.fit import fit_exchange, fit_link
+from simulations.hardware.fitted import Say, fitted, ranges
 from simulations.presets import load_model
+from simulations.times.network import Link
 from simulations.whole_file import write_whole
 
-Say = Callable[[str], None]
-
 LINKS_FROM = "h100-published"
-_SKEWS = "skewed_experts_s/"
+EXCHANGE_FROM = "h200-ours"
+_LAYERS = "layers/"
 
 
 class NoGpuError(RuntimeError):
@@ -35,9 +31,18 @@ class NoGpuError(RuntimeError):
 
 
 def gpu_calibration(
-    model: ModelConfig, *, name: str, command: str, quick: bool, say: Say
+    models: Sequence[ModelConfig],
+    kernels: str,
+    *,
+    name: str,
+    command: str,
+    quick: bool,
+    say: Say,
 ) -> dict[str, Any]:
-    """The calibration of GPU 0 (and its link to GPU 1) at this model's sizes. Raises NoGpuError."""
+    """The calibration of GPU 0 (and of what is between it and GPU 1) at these models' sizes.
+
+    kernels: "ours", or "library" for PyTorch's, of one model. Raises NoGpuError.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -46,30 +51,74 @@ def gpu_calibration(
         from simulations.hardware import measure_gpu
     except ImportError as error:
         raise NoGpuError(f"measuring a GPU needs Triton: {error}") from error
-    sizes = measure_gpu.Sizes.quick() if quick else measure_gpu.Sizes()
-    found = measure_gpu.measure(model, sizes, say)
-    notes = ["bytes between nodes and the overlap of communication: as in " + LINKS_FROM]
-    borrowed = Calibration.named(LINKS_FROM)
-    links = {where: {"alpha_s": x.alpha_s, "beta": x.beta} for where, x in borrowed.links.items()}
-    if "link" in found["measured"]:
-        times = found["measured"]["link"]
-        links["node"] = fit_link(times["bytes"], times["both_ways_s"])
-        notes.append("links inside a node: peer copies, both ways at once")
-    return _calibration(
-        model,
+    sizes = measure_gpu.sizes_for(kernels, quick=quick)
+    found = measure_gpu.measure(models, sizes, say)
+    borrowed, notes = borrowed_values(found["measured"], kernels)
+    dtypes = [dtype for dtype in BYTES if any(f"gemm/{dtype}/" in name for name in found["tables"])]
+    borrowed["attention"] = {"absorbed_prompts": kernels == "ours"}
+    values = fitted(
+        models[0],
         found,
         name=name,
         command=command,
         notes="; ".join(notes),
-        dtypes=("bfloat16", "float8"),
-        others={
-            "links": links,
-            "overheads": {"step_s": borrowed.step_s, "layer_s": 0.0},
-            "overlap": {"sm_share": borrowed.sm_share, "supports_two_batch": True},
-            "range": _ranges(sizes.rows, sizes.contexts, (1, 256)),
-        },
+        dtypes=dtypes,
+        others={**borrowed, "range": ranges(sizes.rows, sizes.contexts, (1, 256))},
         say=say,
     )
+    return with_steps(models[-1], values) if kernels == "ours" else values
+
+
+def borrowed_values(measured: Mapping[str, Any], kernels: str) -> tuple[dict[str, Any], list[str]]:
+    """Links, overheads and overlap, as far as they were measured; notes say what was not.
+
+    Without a second GPU our exchange is taken for that of the pair whose calibration comes with us.
+    """
+    published = Calibration.named(LINKS_FROM)
+    links = _links_json(published.links)
+    values: dict[str, Any] = {
+        "links": links,
+        "overheads": {"step_s": published.step_s, "layer_s": 0.0},
+        "overlap": {"sm_share": published.sm_share, "supports_two_batch": True},
+    }
+    notes = [f"kernels: {kernels}"]
+    notes.append(f"bytes between nodes and the overlap of communication: as in {LINKS_FROM}")
+    if "link" in measured:
+        links["node"] = fit_link(measured["link"]["bytes"], measured["link"]["both_ways_s"])
+        notes.append("links inside a node: peer copies, both ways at once")
+    if "exchange" in measured:
+        values |= fit_exchange(measured["exchange"])
+        notes.append("dispatch and combine inside a node: between two GPUs, combine in integers")
+    elif kernels == "ours" and EXCHANGE_FROM in NAMES:
+        pair = Calibration.named(EXCHANGE_FROM)
+        ways = (("links", pair.links), ("dispatch", pair.dispatch), ("combine", pair.combine))
+        for key, of_pair in ways:
+            values[key] = {**values.get(key, {}), "node": _links_json(of_pair)["node"]}
+        notes.append(f"links, dispatch and combine inside a node: as in {EXCHANGE_FROM}")
+    return values, notes
+
+
+def _links_json(links: Mapping[str, Link]) -> dict[str, Any]:
+    return {where: {"alpha_s": link.alpha_s, "beta": link.beta} for where, link in links.items()}
+
+
+def with_steps(model: ModelConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """What belongs to no operation, from measured steps of layers; and how well these are predicted."""
+    from simulations.hardware.gpu_step_check import checks, overheads
+
+    steps = {
+        key.removeprefix(_LAYERS): rows
+        for key, rows in values["measured"].items()
+        if key.startswith(_LAYERS)
+    }
+    if not steps:
+        return values
+    found = [overheads(model, values, dtype, rows) for dtype, rows in steps.items()]
+    values["overheads"] = {key: min(x[key] for x in found) for key in ("step_s", "layer_s")}
+    values["measured"]["layer"] = [
+        row for dtype, rows in steps.items() for row in checks(model, values, dtype, rows)
+    ]
+    return values
 
 
 def cpu_calibration(
@@ -84,7 +133,7 @@ def cpu_calibration(
 
     sizes = sizes or (measure_cpu.Sizes.quick() if quick else measure_cpu.Sizes())
     found = measure_cpu.measure(model, sizes, say)
-    values = _calibration(
+    values = fitted(
         model,
         found,
         name=name,
@@ -97,7 +146,7 @@ def cpu_calibration(
             "combine": found["combine"],
             "overheads": {"step_s": 0.0, "layer_s": 0.0},
             "overlap": {"sm_share": 0.0, "supports_two_batch": False, "pipelined_stages": False},
-            "range": _ranges(sizes.rows, sizes.contexts, (1, measure_cpu.LAYOUT.world_size)),
+            "range": ranges(sizes.rows, sizes.contexts, (1, measure_cpu.LAYOUT.world_size)),
         },
         say=say,
     )
@@ -124,83 +173,3 @@ def write(path: Path, values: Mapping[str, Any]) -> Calibration:
 
 def _on_one_line(numbers: re.Match[str]) -> str:
     return re.sub(r"\s+", " ", numbers[0]).replace("[ ", "[").replace(" ]", "]")
-
-
-def _calibration(
-    model: ModelConfig,
-    found: Mapping[str, Any],
-    *,
-    name: str,
-    command: str,
-    notes: str,
-    dtypes: tuple[Any, ...],
-    others: Mapping[str, Any],
-    say: Say,
-) -> dict[str, Any]:
-    say("fitting")
-    values: dict[str, Any] = {
-        "version": 1,
-        "name": name,
-        "provenance": {
-            "hardware": found["hardware"],
-            "software": found["software"],
-            "date": datetime.now(UTC).date().isoformat(),
-            "source": "measured by expertmesh calibrate",
-            "command": command,
-            "clocks": found["clocks"],
-            "notes": notes,
-        },
-        "memory_bytes": found["memory_bytes"],
-        "memory_bandwidth": rounded(_bandwidth(found)),
-        "peak_flops": dict.fromkeys(dtypes, 1.0),
-        "gemm": {dtype: {"overhead_s": 0.0, "tile": 1} for dtype in dtypes},
-        "tables": found["tables"],
-        **others,
-        "measured": found["measured"],
-    }
-    _fit(model, values, dtypes)
-    calibration = Calibration.from_json(json.dumps(values), name)
-    skews = {
-        key.removeprefix(_SKEWS): seconds
-        for key, seconds in found["measured"].items()
-        if key.startswith(_SKEWS)
-    }
-    values["fidelity"] = fidelity(model, calibration, skews)
-    return values
-
-
-def _bandwidth(found: Mapping[str, Any]) -> float:
-    """The best of a copy, a reduction, and reading a large weight for a single row."""
-    best = max(found["measured"]["memory_bandwidth"].values())
-    for table_name, table in found["tables"].items():
-        kind, _, shape = table_name.partition("/bfloat16/")
-        if kind == "gemm" and table["axes"]["tokens"][0] == 1:
-            best = max(best, 2 * np.prod([int(x) for x in shape.split("x")]) / table["values"][0])
-    return float(best)
-
-
-def _fit(model: ModelConfig, values: dict[str, Any], dtypes: tuple[Any, ...]) -> None:
-    """Fill in "peak_flops", "gemm" and "attention" from the tables."""
-
-    def calibration() -> Calibration:
-        return Calibration.from_json(json.dumps(values), values["name"])
-
-    tables = calibration().tables
-    measured = {dtype: fit.products(tables, dtype) for dtype in dtypes}
-    values["peak_flops"] = {dtype: rounded(fit.peak_flops(measured[dtype])) for dtype in dtypes}
-    for dtype in dtypes:
-        launch = fit.fit_launch(model, calibration(), measured[dtype], dtype)
-        values["gemm"][dtype] = {"overhead_s": rounded(launch.overhead_s), "tile": launch.tile}
-    decode, prefill = (tables.get(key) for key in core_tables(model))
-    attention = fit.fit_attention(model, calibration(), decode, prefill)
-    values["attention"] = {key: rounded(x) for key, x in attention.items()}
-
-
-def _ranges(
-    tokens: tuple[int, ...], contexts: tuple[int, ...], ranks: tuple[int, int]
-) -> dict[str, list[int]]:
-    return {
-        "tokens": [tokens[0], tokens[-1]],
-        "context": [contexts[0], contexts[-1]],
-        "ranks": list(ranks),
-    }

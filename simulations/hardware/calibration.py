@@ -6,7 +6,8 @@
     memory_bandwidth   bytes/s that large reads achieve
     peak_flops         {dtype: FLOP/s that a large product achieves}
     gemm               {dtype: {"overhead_s", "tile"}}: of one launch; rows are rounded up to tiles
-    attention          optional {"decode_flops", "prefill_flops", "overhead_s"} of attention's core
+    attention          optional {"decode_flops", "prefill_flops", "overhead_s"} of attention's core;
+                       "absorbed_prompts" (false): prompts too are computed with in MLA's absorbed form
     tables             optional measurements, {name: {"axes", "unit": "s", "values", ...}}, see below
     links              {"node", "network"}: {"alpha_s", "beta"} of one rank, each way
     dispatch, combine  optional {"node", "network"}: links as these two see them
@@ -26,8 +27,12 @@ The tables that the cost model looks for, all in seconds; others may be there fo
     gemm/<dtype>/<n>x<k>                              by tokens
     bmm/bfloat16/<heads>/<n>x<k>                      by tokens; a product of each head
     grouped_gemm/<dtype>/<hidden>x<intermediate>      by experts, tokens_per_expert: gate, up, down
+    active_experts/<dtype>/<hidden>x<intermediate>    the same by experts with tokens, activation and all
+    shared_expert/<dtype>/<hidden>x<intermediate>     by tokens; what it adds to a layer
     mla_decode/<dtype>/<heads>x<latent + rotary>      by sequences, context; also ".../2_queries"
-    attention_prefill/<heads>x<query + value>         by tokens of one causal prompt
+    gqa_decode/<dtype>/<heads>/<KV heads>x<channels>  the same of grouped queries
+    attention_prefill/<heads>x<query + value>         by tokens of one causal prompt; of grouped
+                                                      queries <heads>/<KV heads>x<channels>
     elementwise/attention/<hidden>                    by tokens; all but products and the core
     gate/<experts>x<hidden>                           by tokens; norm, product and choice
 """
@@ -74,6 +79,7 @@ class Calibration:
     decode_flops: float
     prefill_flops: float
     attention_overhead_s: float
+    absorbed_prompts: bool
     tables: Mapping[str, Table]
     links: Mapping[str, Link]
     dispatch: Mapping[str, Link]
@@ -138,6 +144,7 @@ class Calibration:
             attention_overhead_s=attention.get(
                 "overhead_s", values["gemm"]["bfloat16"]["overhead_s"]
             ),
+            absorbed_prompts=attention.get("absorbed_prompts", False),
             tables={name: Table.from_json(table) for name, table in values["tables"].items()},
             links=links,
             dispatch=dispatch,

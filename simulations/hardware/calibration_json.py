@@ -152,7 +152,13 @@ _LINK = _object({"alpha_s": _SECONDS, "beta": _POSITIVE})
 _LINKS = {"node": _LINK, "network": _LINK}
 _OPTIONAL: dict[str, Check] = {
     "attention": _object(
-        {}, {"decode_flops": _POSITIVE, "prefill_flops": _POSITIVE, "overhead_s": _SECONDS}
+        {},
+        {
+            "decode_flops": _POSITIVE,
+            "prefill_flops": _POSITIVE,
+            "overhead_s": _SECONDS,
+            "absorbed_prompts": _flag,
+        },
     ),
     "tables": _each(_table),
     "dispatch": _object({}, _LINKS),

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from cluster.model.config import MlaConfig, ModelConfig
+from cluster.model.config import ModelConfig
 from comms.topology import Topology
 from simulations import arithmetic
 from simulations.arithmetic import Gemm
 from simulations.deployment import Deployment
 from simulations.hardware.fit import fit_link
 from simulations.hardware.tables import Floats, Table, table_json
+from simulations.times.attention_times import core_tables
 from simulations.times.step_work import Sends
 
 Case = tuple[str, tuple[int, ...]]
@@ -98,19 +99,6 @@ def _product_name(gemm: Gemm) -> str:
 def _core_name(model: ModelConfig, size: int, kind: str) -> str:
     decode, prefill = core_tables(model, size)
     return decode if kind == "decode" else prefill
-
-
-def core_tables(model: ModelConfig, tensor_parallel_size: int = 1) -> tuple[str, str]:
-    """Names of the tables of attention's core in decode and for prompts."""
-    attention = model.attention
-    heads = attention.num_heads // tensor_parallel_size
-    if isinstance(attention, MlaConfig):
-        rotary = attention.qk_rope_head_dim
-        plain = attention.qk_nope_head_dim + rotary + attention.v_head_dim
-        latent = attention.kv_lora_rank + rotary
-        return f"mla_decode/bfloat16/{heads}x{latent}", f"attention_prefill/{heads}x{plain}"
-    dim = attention.head_dim
-    return f"gqa_decode/bfloat16/{heads}x{dim}", f"attention_prefill/{heads}x{2 * dim}"
 
 
 def _grid(name: str, times: Mapping[Case, float]) -> Table:

@@ -35,8 +35,16 @@ def fidelity(
     tables = calibration.tables
     groups = {
         "sizes between those measured: products": ("gemm/", "bmm/"),
-        "sizes between those measured: experts": ("grouped_gemm/",),
-        "sizes between those measured: attention": ("mla_decode/", "attention_prefill/"),
+        "sizes between those measured: experts": (
+            "grouped_gemm/",
+            "active_experts/",
+            "shared_expert/",
+        ),
+        "sizes between those measured: attention": (
+            "mla_decode/",
+            "gqa_decode/",
+            "attention_prefill/",
+        ),
         "sizes between those measured: rows": ("elementwise/", "gate/", "rows/"),
     }
     for what, prefixes in groups.items():

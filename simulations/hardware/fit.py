@@ -156,6 +156,21 @@ def fit_link(num_bytes: ArrayLike, seconds: ArrayLike) -> dict[str, float]:
     return {"alpha_s": rounded(float(alpha)), "beta": rounded(1 / float(slope))}
 
 
+def fit_exchange(times: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """ "dispatch" and "combine" of a calibration, from times by way: {"bytes": [...], "seconds": [...]}.
+
+    One link for both dtypes of dispatch; combine adds up in integers, as it does unless told otherwise.
+    """
+
+    def link(*ways: str) -> dict[str, Any]:
+        num_bytes = [x for way in ways for x in times[way]["bytes"]]
+        seconds = [x for way in ways for x in times[way]["seconds"]]
+        return {"node": fit_link(num_bytes, seconds)}
+
+    dispatch = link("dispatch_float8", "dispatch_bfloat16")
+    return {"dispatch": dispatch, "combine": link("combine_fixed")}
+
+
 def rounded(x: float) -> float:
     """To four digits."""
     return float(f"{x:.4g}")

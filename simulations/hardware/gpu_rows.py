@@ -1,10 +1,9 @@
-"""What a GPU does to rows besides products: norm, quantise, activate, permute, choose experts; and its
-memory, and what a launch costs."""
+"""What a GPU does to rows besides products, by our kernels, as no library has them: norm, quantise, activate,
+permute, choose experts; and its memory, and what a launch costs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -13,11 +12,15 @@ import torch
 from torch import Tensor
 
 from cluster.model.config import MlaConfig, ModelConfig
-from router.gate import Gate
-from simulations.hardware.gpu_kernels import choose_experts, quantise, rms_norm
+from cluster.model.cuda.fused import rms_norm
+from experts.kernels.choose import choose
+from experts.kernels.quantize import quantize
+from experts.kernels.swiglu import swiglu_quantized
 from simulations.hardware.gpu_products import random_float8, spread
 from simulations.hardware.gpu_timing import Call, copies_of, seconds_of
 from simulations.hardware.tables import table_json
+
+EPS = 1e-6
 
 
 def row_tables(model: ModelConfig, rows: Sequence[int]) -> dict[str, Any]:
@@ -44,35 +47,17 @@ def row_tables(model: ModelConfig, rows: Sequence[int]) -> dict[str, Any]:
 
 
 def gate_tables(model: ModelConfig, rows: Sequence[int]) -> dict[str, Any]:
-    """ "gate/<experts>x<hidden>": norm, product in bfloat16, and DeepSeek-V3's choice of experts."""
+    """ "gate/<experts>x<hidden>": norm, PyTorch's product in bfloat16, choice of experts."""
     gate, hidden = model.gate, model.hidden_size
     gain_H, w_EH = _random(hidden), _random(gate.num_experts, hidden)
-    bias_E = torch.randn(gate.num_experts, device="cuda")
+    bias_E = torch.randn(gate.num_experts, device="cuda") if model.has_correction_bias else None
 
-    def choose(x_TH: Tensor) -> object:
-        logits_TE = torch.mm(rms_norm(x_TH, gain_H), w_EH.t())
-        return choose_experts(
-            logits_TE, bias_E, gate.num_groups, gate.num_groups_per_token,
-            gate.num_experts_per_token,
-        )  # fmt: skip
+    def chosen(x_TH: Tensor) -> object:
+        logits_TE = torch.mm(rms_norm(x_TH, gain_H, EPS), w_EH.t()).float()
+        return choose(logits_TE, gate, bias_E)
 
-    table = _table(rows, lambda tokens: _calls(choose, tokens, hidden))
+    table = _table(rows, lambda tokens: _calls(chosen, tokens, hidden))
     return {f"gate/{gate.num_experts}x{hidden}": table}
-
-
-def gate_disagreement(model: ModelConfig) -> float:
-    """Share of tokens for which our kernel and the production gate choose other experts."""
-    config = replace(model.gate, scoring="sigmoid", group_score="top2_sum", renormalize=True)
-    bias_E = torch.randn(config.num_experts, device="cuda")
-    logits_TE = torch.randn(1000, config.num_experts, device="cuda")
-    gate = Gate(config, torch.zeros(config.num_experts, 1, device="cuda"), bias_E)
-    expected_TK, _ = gate.choose(logits_TE)
-    found_TK, _ = choose_experts(
-        logits_TE, bias_E, config.num_groups, config.num_groups_per_token,
-        config.num_experts_per_token,
-    )  # fmt: skip
-    same_T = (found_TK.sort(1).values == expected_TK.sort(1).values).all(1)
-    return float(1 - same_T.float().mean())
 
 
 def memory_bandwidth() -> dict[str, float]:
@@ -119,11 +104,11 @@ def _table(rows: Sequence[int], calls: Callable[[int], list[Call]], **notes: Any
 
 def _norms(channels: int) -> Callable[[int], list[Call]]:
     gain_H = _random(channels)
-    return lambda tokens: _calls(lambda x: rms_norm(x, gain_H), tokens, channels)
+    return lambda tokens: _calls(lambda x: rms_norm(x, gain_H, EPS), tokens, channels)
 
 
 def _quantises(channels: int, *, gated: bool = False) -> Callable[[int], list[Call]]:
-    return lambda tokens: _calls(lambda x: quantise(x, gated=gated), tokens, channels)
+    return lambda tokens: _calls(swiglu_quantized if gated else quantize, tokens, channels)
 
 
 def _calls(op: Callable[[Tensor], object], tokens: int, channels: int) -> list[Call]:

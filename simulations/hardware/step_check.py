@@ -79,7 +79,7 @@ def predict(
         model=model, topology=layout, weights="bfloat16", dispatch_dtype="bfloat16"
     )
     work = StepWork.decode(np.full((1, layout.num_replicas), sequences), context)
-    slots_BLS = _random_counts(model, sequences * layout.num_replicas)
+    slots_BLS = random_counts(model, sequences * layout.num_replicas)
     times = CostModel(deployment, calibration).step(work, slots_BLS)
     moe = times.layers
     seconds = {
@@ -93,7 +93,7 @@ def predict(
     return {name: 1000 * float(s.mean()) for name, s in {**seconds, "rest": rest}.items()}
 
 
-def _random_counts(model: ModelConfig, tokens: int) -> np.ndarray[Any, Any]:
+def random_counts(model: ModelConfig, tokens: int) -> np.ndarray[Any, Any]:
     """(token, expert) pairs of each expert, [B, L, E]."""
     generator = torch.Generator().manual_seed(0)
     gate = Gate(model.gate, torch.zeros(model.num_experts, 1))

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.model.config import MlaConfig
+from cluster.model.config import MlaConfig, ModelConfig
+from cluster.model.kv_cache import local_kv_heads
 from simulations import arithmetic
 from simulations.deployment import BYTES, Deployment
 from simulations.hardware.calibration import Calibration
@@ -25,18 +26,11 @@ Warn = Callable[[str], None]
 
 class AttentionTimes:
     def __init__(self, deployment: Deployment, calibration: Calibration, warn: Warn) -> None:
-        size = deployment.topology.tensor_parallel_size
+        model, size = deployment.model, deployment.topology.tensor_parallel_size
         self._calibration, self._warn = calibration, warn
-        self._work = arithmetic.attention(deployment.model, size)
+        self._work = arithmetic.attention(model, size)
         self._kv_bytes = self._work.values_per_key * BYTES[deployment.kv_dtype]
-        attention = deployment.model.attention
-        self._decode_table = self._prefill_table = ""
-        if isinstance(attention, MlaConfig):
-            heads, rotary = attention.num_heads // size, attention.qk_rope_head_dim
-            latent = attention.kv_lora_rank + rotary
-            plain = attention.qk_nope_head_dim + rotary + attention.v_head_dim
-            self._decode_table = f"mla_decode/{deployment.kv_dtype}/{heads}x{latent}"
-            self._prefill_table = f"attention_prefill/{heads}x{plain}"
+        self._decode_table, self._prefill_table = core_tables(model, size, deployment.kv_dtype)
 
     def core(self, work: StepWork) -> Array:
         """Of one layer, in the shape of the work."""
@@ -80,6 +74,22 @@ class AttentionTimes:
         return np.asarray(
             flop / calibration.prefill_flops + calibration.attention_overhead_s * some
         )
+
+
+def core_tables(
+    model: ModelConfig, tensor_parallel_size: int = 1, kv_dtype: str = "bfloat16"
+) -> tuple[str, str]:
+    """Names of the tables of attention's core on one rank, in decode and for prompts."""
+    attention, size = model.attention, tensor_parallel_size
+    heads = attention.num_heads // size
+    if isinstance(attention, MlaConfig):
+        rotary = attention.qk_rope_head_dim
+        plain = attention.qk_nope_head_dim + rotary + attention.v_head_dim
+        latent = attention.kv_lora_rank + rotary
+        return f"mla_decode/{kv_dtype}/{heads}x{latent}", f"attention_prefill/{heads}x{plain}"
+    kv_heads, dim = local_kv_heads(attention.num_kv_heads, size), attention.head_dim
+    shape = f"{heads}/{kv_heads}x{dim}"
+    return f"gqa_decode/{kv_dtype}/{shape}", f"attention_prefill/{shape}"
 
 
 def _ratio(above: Array, below: Array) -> Array:

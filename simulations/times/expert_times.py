@@ -4,9 +4,11 @@ A rank's time is the sum over its experts of what one costs: reading its weights
 tokens in whole tiles, whichever takes longer. So skew costs nothing while weights are what takes
 time, and everything when tokens are: no factor of imbalance can say both.
 
-What an expert costs is looked up by its number of tokens: any curve is as fast as any other.
+What an expert costs is looked up by its number of tokens: any curve is as fast as any other. A table
+"active_experts" has a curve for each number of experts that have tokens: with few of them a launch and
+the memory's latency are most of it, whoever else is on the rank.
 
-B steps, L expert layers, S slots of all ranks, R ranks, P slots of a rank.
+B steps, L expert layers, S slots of all ranks, R ranks, P slots of a rank, A curves, N tokens.
 """
 
 from __future__ import annotations
@@ -40,11 +42,15 @@ class ExpertTimes:
         self._deployment, self._calibration, self._warn = deployment, calibration, warn
         self._num_parts = num_parts
         shape = f"{model.hidden_size}x{model.expert_intermediate_size}"
-        self._name = f"grouped_gemm/{deployment.weights}/{shape}"
+        self._name = f"active_experts/{deployment.weights}/{shape}"
+        self._experts_A = np.arange(deployment.slots_per_rank + 1)
+        if self._name not in calibration.tables:
+            self._name = f"grouped_gemm/{deployment.weights}/{shape}"
+            self._experts_A = self._experts_A[-1:]
         self._table = calibration.tables.get(self._name)
         if self._table is not None and not self._table.covers(experts=deployment.slots_per_rank):
             warn(f"extrapolated: experts of a rank beyond table {self._name}")
-        self._seconds_N = self._curve(np.arange(1024))
+        self._seconds_AN = self._curves(np.arange(1024))
 
     def by_rank(self, slot_tokens_BLS: Array) -> Array:
         """float32 [B, L, R]: all parts together. Fractions of tokens count as whole ones."""
@@ -52,7 +58,14 @@ class ExpertTimes:
         if index_BLS.dtype.kind == "f":
             index_BLS = np.ceil(index_BLS).astype(np.int32)
         self._reach(int(index_BLS.max(initial=0)))
-        seconds_BLS = self._seconds_N.take(index_BLS, mode="clip")
+        curves_AN = self._seconds_AN
+        if len(curves_AN) > 1 and index_BLS.size and index_BLS.min() > 0:
+            curves_AN = curves_AN[-1:]  # all have tokens, which is so most of the time
+        if len(curves_AN) > 1:
+            active_BLR = group_sums(index_BLS > 0, self._deployment.slots_per_rank).astype(np.int32)
+            starts_BLR = active_BLR * np.int32(curves_AN.shape[1])
+            index_BLS = index_BLS + starts_BLR.repeat(self._deployment.slots_per_rank, axis=-1)
+        seconds_BLS = curves_AN.take(index_BLS, mode="clip")
         by_rank_BLR = group_sums(seconds_BLS, self._deployment.slots_per_rank)
         return by_rank_BLR + np.float32(self._launches())
 
@@ -60,8 +73,8 @@ class ExpertTimes:
         """Have the cost of so many tokens in the curve. Raises ValueError beyond MOST_TOKENS."""
         if tokens > MOST_TOKENS:
             raise ValueError(f"at most {MOST_TOKENS:,} tokens of one expert, got {tokens:,}")
-        if tokens >= len(self._seconds_N):
-            self._seconds_N = self._curve(np.arange(2 * tokens))
+        if tokens >= self._seconds_AN.shape[1]:
+            self._seconds_AN = self._curves(np.arange(2 * tokens))
         part = -(-tokens // self._num_parts)
         if self._table is not None and part > self._table.axes["tokens_per_expert"][-1]:
             self._warn(f"extrapolated: tokens beyond table {self._name}")
@@ -73,17 +86,18 @@ class ExpertTimes:
             self._num_parts * LAUNCHES * self._calibration.gemm[self._deployment.weights].overhead_s
         )
 
-    def _curve(self, tokens_N: Array) -> Array:
-        """Seconds of one expert with so many tokens, in all parts: float32 [N]."""
+    def _curves(self, tokens_N: Array) -> Array:
+        """Seconds of one expert with so many tokens, in all parts: float32 [A, N]."""
         part_N = np.ceil(tokens_N / self._num_parts)
         one = self._measured if self._table is not None else self._roofline
-        return (one(part_N) * (part_N > 0) * self._num_parts).astype(np.float32)
+        return (np.atleast_2d(one(part_N)) * (part_N > 0) * self._num_parts).astype(np.float32)
 
     def _measured(self, tokens_N: Array) -> Array:
+        """[A, N]: an equal share of what so many experts take together."""
         assert self._table is not None
-        slots = self._deployment.slots_per_rank
+        experts_A1 = np.maximum(self._experts_A, 1)[:, None]
         least_one_N = np.maximum(tokens_N, 1)
-        return self._table.at(experts=slots, tokens_per_expert=least_one_N) / slots
+        return self._table.at(experts=experts_A1, tokens_per_expert=least_one_N) / experts_A1
 
     def _roofline(self, tokens_N: Array) -> Array:
         model, calibration = self._deployment.model, self._calibration

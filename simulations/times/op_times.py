@@ -51,7 +51,8 @@ class OpTimes:
         """Gathering the replica's rows, norm, and the projections to queries and keys."""
         rows = work.tokens_BD
         attention = self._attention
-        gemms = attention.before_prefill if work.has_prompts else attention.before
+        plain = work.has_prompts and not self._calibration.absorbed_prompts
+        gemms = attention.before_prefill if plain else attention.before
         name = f"elementwise/attention/{self._deployment.model.hidden_size}"
         seconds = self._measured(name, rows, self._norm) + self._gather(rows)
         return np.asarray(seconds + self._all(gemms, rows))
@@ -60,7 +61,8 @@ class OpTimes:
         """The projections of the output, and its sum over the replica's ranks."""
         rows = work.tokens_BD
         attention = self._attention
-        gemms = attention.after_prefill if work.has_prompts else attention.after
+        plain = work.has_prompts and not self._calibration.absorbed_prompts
+        gemms = attention.after_prefill if plain else attention.after
         return np.asarray(self._all(gemms, rows) + self._gather(rows))
 
     def attention(self, work: StepWork) -> Array:
@@ -75,7 +77,11 @@ class OpTimes:
         )
 
     def shared(self, work: StepWork) -> Array:
-        return self._all(self._shared, work.tokens_BD / self._tp_size)
+        """Its products; by a table, what it adds to what it runs beside."""
+        model, rows = self._deployment.model, work.tokens_BD / self._tp_size
+        shape = f"{model.hidden_size}x{model.shared_intermediate_size}"
+        name = f"shared_expert/{self._deployment.weights}/{shape}"
+        return self._measured(name, rows, lambda rows: self._all(self._shared, rows))
 
     def dense(self, work: StepWork) -> Array:
         """The MLP of a layer without experts."""

@@ -115,11 +115,14 @@ class Traces:
         )
 
     def left_since(self, before: "Traces") -> dict[str, list[str]]:
-        """What is here now and was not before; empty when nothing was left behind."""
+        """What is here now and was not before; empty when nothing was left behind.
+
+        Without what others use who run on this machine at the same time, another test session say.
+        """
         left = {
             "processes": sorted(map(_describe, self.processes - before.processes)),
-            "shared_memory": sorted(self.shared_memory - before.shared_memory),
-            "temporary_files": sorted(self.temporary_files - before.temporary_files),
+            "shared_memory": _unused(self.shared_memory - before.shared_memory),
+            "temporary_files": _unused(self.temporary_files - before.temporary_files),
         }
         return {kind: names for kind, names in left.items() if names}
 
@@ -129,6 +132,25 @@ def _marked() -> Iterator[int]:
         with contextlib.suppress(psutil.Error):
             if MARK.items() <= process.environ().items():
                 yield process.pid
+
+
+def _unused(names: frozenset[str]) -> list[str]:
+    """Those that are still there, and that no process but ours has open, mapped or on its command line."""
+    if not names:
+        return []
+    used: set[str] = set()
+    ours = set(_marked())
+    for process in psutil.process_iter():
+        if process.pid in ours:
+            continue
+        with contextlib.suppress(psutil.Error, OSError):
+            home = Path(f"/proc/{process.pid}")
+            text = (home / "cmdline").read_text() + (home / "maps").read_text()
+            text += "".join(os.readlink(file) for file in (home / "fd").iterdir())
+            used |= {name for name in names if name in text}
+    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+    there = {name for name in names for folder in folders if (folder / name).exists()}
+    return sorted(there - used)
 
 
 def _describe(pid: int) -> str:

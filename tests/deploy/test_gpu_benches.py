@@ -42,7 +42,11 @@ def test_without_a_gpu_they_say_so(tmp_path: Path, arguments: tuple[str, ...]) -
     [
         (("experts", "--device", "tpu"), "tpu"),
         (("experts", "--dtype", "int3"), "int3"),
+        (("experts", "--layer", "--dtype", "int4"), "int4"),
         (("decode", "--device", "cpu"), "cpu"),
+        (("decode", "--gpus", "3"), "--gpus"),
+        (("decode", "--quantization", "int8"), "int8"),
+        (("decode", "--tensor-parallel"), "--gpus 2"),
         (("dispatch", "--device", "tpu"), "tpu"),
         (("dispatch", "--tokens", "1", "--tokens", "2"), "--tokens"),
     ],

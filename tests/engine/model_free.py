@@ -1,6 +1,7 @@
 """The engine of four ranks without a model: real leaders, followers, migrators and transfers."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -41,10 +42,13 @@ class ModelFreeRunner(Runner):
 
     def __init__(self, groups: ParallelGroups, migrator: Migrator, server: TransferServer) -> None:
         config = ServeConfig.from_dict({"model": "none"})
-        super().__init__(config, None, None, StepTimer(), migrator, server)
+        model = SimpleNamespace(close=lambda: None)
+        super().__init__(config, model, None, StepTimer(), migrator, server)
         self._world = groups.world
 
-    def execute(self, plan: StepPlan, max_tokens: int | None = None) -> torch.Tensor:
+    def execute(
+        self, plan: StepPlan, max_tokens: int | None = None, max_blocks: int = 0
+    ) -> torch.Tensor:
         self._world.barrier()
         self.num_steps += 1
         return torch.zeros(plan.num_logit_rows, VOCAB_SIZE)

@@ -16,6 +16,7 @@ import torch
 
 from cluster.engine.engine import Follower, Leader, Verdict
 from cluster.engine.mailbox import LocalMailbox
+from cluster.engine.plan import StepPlan
 from cluster.engine.sampling_params import SamplingParams
 from cluster.offline import add_frame
 from cluster.scripted import Change, Script
@@ -125,8 +126,8 @@ def arm(
         assert isinstance(engine, Leader)
         agree = engine._agree
 
-        def dying_agree(num_tokens: int) -> Verdict:
-            verdict = agree(num_tokens)
+        def dying_agree(plan: StepPlan) -> Verdict:
+            verdict = agree(plan)
             if verdict.epoch > at_epoch:
                 die()
             return verdict

@@ -29,7 +29,9 @@ class HashRunner(Runner):
         self._cache: dict[int, int] = {}
         self.num_blocks = num_blocks
 
-    def execute(self, plan: StepPlan, max_tokens: int | None = None) -> torch.Tensor:
+    def execute(
+        self, plan: StepPlan, max_tokens: int | None = None, max_blocks: int = 0
+    ) -> torch.Tensor:
         assert plan.num_tokens <= self.config.scheduler.max_num_batched_tokens
         self.num_steps += 1
         rows = []

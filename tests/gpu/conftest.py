@@ -1,8 +1,10 @@
 """Tests of the CUDA backend: on a GPU where there is one; Triton's interpreter checks the arithmetic elsewhere."""
 
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,32 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With `--dist loadgroup` one worker runs all tests of two GPUs, and the others wait for nobody."""
+    for item in items:
+        if "both_gpus" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("both_gpus"))
+
+
 @pytest.fixture
 def cuda() -> torch.device:
     """The GPU; tests that need one ask for it."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU (bash .ci/gpu runs these tests on a machine that has one)")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def both_gpus():
+    """Two of them, for one test at a time: kernels that wait for the other GPU hold up those of other
+    tests, which wait as well, and all take turns for minutes."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    path = Path(tempfile.gettempdir()) / "expertmesh-both-gpus.lock"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cluster.model.cuda.weights import dequantized
 from experts.activation import silu_and_multiply
+from experts.float8 import dequantized
 from experts.gains import token_ranges
 
 

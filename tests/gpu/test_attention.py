@@ -88,13 +88,16 @@ def check_small(shape, device="cpu"):
     mixed = [*span(0, length - 6, length), (1, 8)]
     for picks in (single, mixed):
         assert relative_l2(some.run(picks), some.wanted(picks)) < 1e-2
-    spread = attention._MOST_SPREAD
-    want = some.run(mixed)
-    attention._MOST_SPREAD = 0  # one program for all parts of a token
+    short, few = Sequences(shape, (41, 9), torch.device(device)), [(0, 40), (1, 3)]
+    assert relative_l2(short.run(few), short.wanted(few)) < 1e-2
+    divided = attention._MOST_SPREAD, attention._MOST_SHORT
+    want, want_short = some.run(mixed), short.run(few)
+    attention._MOST_SPREAD = attention._MOST_SHORT = 0  # one program for all of a token
     try:
         assert torch.equal(some.run(mixed), want)
+        assert torch.equal(short.run(few), want_short)
     finally:
-        attention._MOST_SPREAD = spread
+        attention._MOST_SPREAD, attention._MOST_SHORT = divided
     assert torch.equal(some.run([*mixed, (0, 1)], num_tokens=len(mixed))[: len(mixed)], want)
 
 

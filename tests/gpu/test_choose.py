@@ -177,3 +177,24 @@ def test_slots_ranges_padding_and_counters(cuda: torch.device) -> None:
     check_the_rest(cuda)
     check_the_rest(cuda, tokens=200)
     check_large_ranges(cuda)
+
+
+def check_parts(device: torch.device, sizes: dict[int, int]) -> None:
+    """Logits in parts are those parts' sum in order, and products in parts are the product."""
+    from experts.kernels.choose import choose_slots
+    from experts.kernels.linear import linear_fp32, linear_fp32_parts
+
+    config = GateConfig(num_experts=64, num_experts_per_token=6)
+    for num_tokens, num_parts in sizes.items():
+        x_TH = torch.randn(num_tokens, 512, device=device).to(torch.bfloat16)
+        w_EH = torch.randn(64, 512, device=device)
+        parts_PTE, whole_TE = linear_fp32_parts(x_TH, w_EH), linear_fp32(x_TH, w_EH)
+        assert len(parts_PTE) == num_parts
+        assert torch.equal(parts_PTE.sum(0), whole_TE)
+        one, other = choose_slots(parts_PTE, config), choose_slots(whole_TE, config)
+        assert torch.equal(one.ids_TK, other.ids_TK)
+        assert torch.equal(one.weights_TK, other.weights_TK)
+
+
+def test_logits_in_parts(cuda: torch.device) -> None:
+    check_parts(cuda, {1: 2, 5: 2, 300: 2, 9000: 1})

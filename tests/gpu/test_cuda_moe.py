@@ -32,8 +32,8 @@ class Case:
         *, float8: bool, shared: bool = True, placement: LayerPlacement | None = None,
         gains_E: Tensor | None = None,
     ) -> None:  # fmt: skip
-        from cluster.model.cuda.weights import dequantized, quantize_blocks
         from experts.cuda_moe import CudaMoELayer, SharedExpert
+        from experts.float8 import dequantized, quantize_blocks
         from experts.kernels.types import DeviceExperts
 
         generator = torch.Generator().manual_seed(hidden)

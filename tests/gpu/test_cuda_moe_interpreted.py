@@ -4,6 +4,7 @@ import torch
 
 
 def checks() -> None:
+    from experts.kernels import combine
     from tests.gpu import (
         test_choose,
         test_combine,
@@ -22,8 +23,12 @@ def checks() -> None:
     test_quantize.check_swiglu(cpu, [(3, 64), (5, 192)])
     test_combine.check(cpu)
     test_combine.check_fixed(cpu)
+    few, combine._FEW_ROWS = combine._FEW_ROWS, 0  # large summands in a second kernel
+    test_combine.check_fixed(cpu)
+    combine._FEW_ROWS = few
     test_choose.check(cpu, tokens=3)
     test_choose.check_the_rest(cpu)
+    test_choose.check_parts(cpu, {3: 2})
     test_choose.check_large_ranges(cpu)
     test_cuda_moe.check_small(cpu)
     test_cuda_moe_ranks.check_small(cpu)

@@ -57,7 +57,7 @@ def dispatchers(case: Case, num_ranks: int, capacity: int, *, float8: bool) -> l
 
 
 def side_by_side(layers: list, ranks: list, parts: list[Tensor]) -> list[Tensor]:
-    """`SymmetricExchange.routed` of all ranks, each step of it for all before the next."""
+    """`ExpertExchange.routed` of all ranks, each step of it for all before the next."""
     from experts.kernels.types import QuantizedRows
 
     choices = [layer.choose(x_TH) for layer, x_TH in zip(layers, parts, strict=True)]
@@ -123,14 +123,14 @@ def test_ranks_together_are_one(
 
 @pytest.mark.parametrize("float8", [False, True], ids=["bf16", "fp8"])
 def test_an_exchange_with_nobody_else_changes_nothing(cuda: torch.device, float8: bool) -> None:
-    from cluster.model.cuda.exchange import SymmetricExchange
+    from cluster.model.cuda.exchange import ExpertExchange
 
     case = Case(V3, 512, 256, cuda, float8=float8)
     x_TH = case.x_TH[:50]
     expected_TH = case.layer.forward(x_TH)
     (dispatcher,) = dispatchers(case, 1, 64, float8=float8)
     (layer,) = layers_of(case, 1)
-    layer.exchange = SymmetricExchange(dispatcher)
+    layer.exchange = ExpertExchange(dispatcher)
     for _ in range(3):
         assert torch.equal(layer.forward(x_TH), expected_TH)
     number = torch.tensor([20], dtype=torch.int32, device=cuda)

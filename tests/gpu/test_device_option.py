@@ -10,6 +10,7 @@ from deploy.settings import BUNDLED_MODELS
 from tests.model.solo import solo_groups
 
 MODEL = str(BUNDLED_MODELS["mosaic"])
+TWO = {"ranks_per_node": 2, "tensor_parallel_size": 1}
 
 
 def test_the_cpu_is_the_default():
@@ -22,7 +23,8 @@ def test_the_cpu_is_the_default():
     [
         ({"quantization": "fp8"}, "quantization = 'fp8' needs device = 'cuda'"),
         ({"device": "cuda", "dtype": "float32"}, "needs dtype = 'bfloat16', not 'float32'"),
-        ({"device": "cuda", "parallel": {"ranks_per_node": 2}}, "not 1 x 2"),
+        ({"device": "cuda", "parallel": TWO, "comms": {"combine": "exact"}}, "not 'exact'"),
+        ({"device": "cuda", "experts": {"split": "balanced"}}, "or 'static', not 'balanced'"),
         ({"device": "tpu"}, "device = 'tpu': allowed are 'cpu' or 'cuda'"),
     ],
 )

@@ -164,8 +164,14 @@ def test_heads_do_not_depend_on_their_batch(cuda, shape):
     w, _ = weights(num, outputs, inputs, device=cuda)
     x = cancelling(1500, num, inputs + 64, device=cuda)[..., :inputs]
     want = torch.einsum("tni,noi->tno", x.double(), w.double())
-    assert relative_l2(linears(x, w), want) < ROUNDING
+    whole = linears(x, w)
+    assert relative_l2(whole, want) < ROUNDING
     check_bits(lambda rows: linears(rows, w), x.contiguous())
+    for size in (1, 5, 16, 17):  # slices in, slices out
+        out = torch.full((size, num, outputs + 64), 7.0, device=cuda, dtype=torch.bfloat16)
+        linears(x[:size], w, out[..., :outputs])
+        assert torch.equal(out[..., :outputs], whole[:size])
+        assert (out[..., outputs:] == 7).all()
 
 
 def test_products_of_a_graph_are_those_of_the_stream(cuda):

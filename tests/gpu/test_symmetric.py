@@ -9,7 +9,6 @@ import torch
 from comms.group import CommError, CommTimeout
 from comms.groups import ParallelGroups
 from comms.launch import RankPool
-from comms.store import connect_store, host_store
 from comms.topology import Topology
 
 pytest.importorskip("triton", reason="needs triton (the extra gpu)")
@@ -225,22 +224,12 @@ def _overwrite(parts: list[torch.Tensor], new: list[torch.Tensor]) -> None:
 # -- between processes ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def two_gpus(cuda) -> str:
-    """A store's address for two ranks with a GPU each."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs that reach each other's memory")
-    store, address = host_store()
-    yield address
-    del store
-
-
-def _exchange(groups: ParallelGroups, address: str, case: Case) -> None:
+def _exchange(groups: ParallelGroups, case: Case) -> None:
     """Each rank plays its part, then all compare what they found with the reference."""
     device = torch.device("cuda", groups.rank)
     torch.cuda.set_device(device)
     dispatcher = SymmetricDispatcher.connect(
-        case.layout, connect_store(address), groups.rank, device, timeout_s=20.0
+        case.layout, groups.store, groups.rank, device, timeout_s=20.0
     )
     dispatcher.expect(case.expected or max(case.tokens))
     fixed = case.combine == "fixed"
@@ -272,6 +261,7 @@ def _in_one_process(ranks, case: Case, step: int, device) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "case", CASES[2:4], ids=lambda case: f"{case.dispatch_dtype}-{case.combine}"
 )
-def test_two_gpus_do_as_the_reference(two_gpus, case) -> None:
+@pytest.mark.usefixtures("both_gpus")
+def test_two_gpus_do_as_the_reference(case) -> None:
     with RankPool(2) as pool:
-        pool.run(_exchange, Topology(num_nodes=1, ranks_per_node=2), two_gpus, case)
+        pool.run(_exchange, Topology(num_nodes=1, ranks_per_node=2), case)

@@ -3,8 +3,8 @@
 A program takes the query heads that share a KV head, for as many following tokens of one sequence
 as fill 64 rows (16 when sequences have a token each), and walks over their keys in tiles of 64 at absolute positions with the online
 softmax in fp32. Tiles add up to *parts* of PART keys, also at absolute positions; parts are merged
-in order. With few tokens every part has its own program and a second kernel merges; with many, one
-program walks all parts of its tokens and merges as it goes. Which of the two, which other tokens are
+in order. With many tokens one program walks all parts of its tokens and merges as it goes; with few,
+the same arithmetic is divided among many programs (`attention_few`). Which of the two, which other tokens are
 in the step, how a prompt was cut and where its blocks lie change nothing in a token's arithmetic.
 
 Legend: T tokens, N query heads, G KV heads, D channels of a key, V of a value, S sequences,
@@ -19,7 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
-from cluster.model.cuda.attention_kernels import attend, join
+from cluster.model.cuda.attention_few import join, score, weigh
+from cluster.model.cuda.attention_kernels import attend
+from experts.kernels.early import early
 
 PART = 1024
 """Keys whose softmax is computed on its own. Part of the result's bits, as the tile is."""
@@ -30,8 +32,23 @@ KEYS = 64
 _NARROW, _WIDE = (8, 3), (8, 2)
 """Warps and stages of tiles of 16 and of 64 rows."""
 
-_MOST_SPREAD = 66
-"""Tiles of queries up to which parts have their own programs: half of a GPU's multiprocessors."""
+LOG2_E = 1.4426950408889634
+
+_MOST_SPREAD, _MOST_SHORT = 66, 4
+"""Tiles of queries up to which they are divided further, half of a GPU's multiprocessors: where sequences may
+have several parts, and where they are short. There each tile is soon done by a program of its own."""
+
+_MOST_PROGRAMS = 528
+"""Of tiles of keys; with longer sequences each takes several."""
+
+_MOST_SCORES = 2**28
+"""fp32 numbers that a division may need for scores of a whole block table."""
+
+_FEW_KEYS = 16
+"""Of a program that scores, if there are few together: a key's score depends on no other."""
+
+_CHANNELS, _WEIGH_WARPS = 64, 4
+"""Of the values, for each program of a division, and its warps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,42 +88,95 @@ def paged_attention(
     if num_tokens == 0:
         return out_TNV
     group = num_heads // num_kv_heads
+    head_tile = min(64, triton.next_power_of_2(group))
+    head_blocks = triton.cdiv(group, head_tile)
+    programs = num_tokens * num_kv_heads * head_blocks
+    most_keys = triton.cdiv(meta.block_tables_SB.shape[1] * block_size, KEYS) * KEYS
+    most_spread = _MOST_SPREAD if most_keys > PART else _MOST_SHORT
+    if programs <= most_spread and num_tokens * num_heads * most_keys <= _MOST_SCORES:
+        _spread(q_TND, keys, values, out_TNV, meta, scale, most_keys, (head_tile, head_blocks))
+        return out_TNV
     # Few tokens of each sequence: a narrow tile reads its keys at the memory's speed.
     decodes = num_tokens < 4 * len(meta.block_tables_SB)
     rows = 16 if decodes and group <= 16 else 64
-    heads = min(rows, triton.next_power_of_2(group))  # of a tile, with rows // heads tokens
+    heads = min(rows, head_tile)  # of a tile, with rows // heads tokens
     tokens = rows // heads
     head_blocks = triton.cdiv(group, heads)
     blocks = num_kv_heads * head_blocks
-    most_parts = triton.cdiv(meta.block_tables_SB.shape[1] * block_size, PART)
-    spread = most_parts > 1 and num_tokens * blocks <= _MOST_SPREAD
-    step = 1 if spread or decodes else tokens  # tokens of a program
+    merges = most_keys > PART
+    step = 1 if decodes else tokens  # tokens of a program
     programs = triton.cdiv(num_tokens, step)
     warps, stages = _NARROW if rows == 16 else _WIDE
     warps = warps if _padded(value_dim) > 128 else 4
     partial = sums = out_TNV
-    if most_parts > 1:
-        shape = (most_parts, num_tokens, num_heads) if spread else (programs, blocks * rows)
+    if merges:
+        shape = (programs, blocks * rows)
         partial = torch.empty(*shape, value_dim, device=q_TND.device, dtype=torch.float32)
         sums = torch.empty(*shape, 2, device=q_TND.device, dtype=torch.float32)
     first_dim = value_dim if is_latent else key_dim  # of a key: the part that is also its value
-    attend[(programs, blocks, most_parts if spread else 1)](
+    attend[(programs, blocks)](
         q_TND, keys, values, out_TNV, partial, sums,
         meta.positions_T, meta.sequence_T, meta.block_tables_SB, meta.num_tokens,
-        num_tokens, num_heads, group, scale * 1.4426950408889634,
+        num_tokens, num_heads, group, scale * LOG2_E,
         meta.block_tables_SB.stride(0), keys.stride(0), values.stride(0),
         BLOCK_SIZE=block_size, HEADS=heads, HEAD_BLOCKS=head_blocks, ROWS=rows, KEYS=KEYS,
         PART=PART, STEP=step, C=first_dim, R=key_dim - first_dim, V=value_dim,
         BLOCK_C=_padded(first_dim), BLOCK_R=_padded(key_dim - first_dim), BLOCK_V=_padded(value_dim),
-        LATENT=is_latent, SPREAD=spread, MERGES=most_parts > 1 and not spread,
-        num_warps=warps, num_stages=stages,
+        LATENT=is_latent, MERGES=merges, num_warps=warps, num_stages=stages, **early(q_TND.device),
     )  # fmt: skip
-    if spread:
+    return out_TNV
+
+
+def _spread(
+    q_TND: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out_TNV: Tensor,
+    meta: AttentionMeta,
+    scale: float,
+    most_keys: int,
+    head_tiles: tuple[int, int],
+) -> None:
+    """Few tokens: scores by tiles of keys, then values by channels, then parts if there are several."""
+    num_tokens, num_heads, key_dim = q_TND.shape
+    num_kv_heads, _, block_size, _ = keys.shape
+    value_dim, device = out_TNV.shape[2], q_TND.device
+    first_dim = value_dim if values is keys else key_dim
+    tables, (heads, head_blocks) = meta.block_tables_SB, head_tiles
+    blocks, parts = num_kv_heads * head_blocks, triton.cdiv(most_keys, PART)
+    scores_TNX = torch.empty(num_tokens, num_heads, most_keys, device=device, dtype=torch.float32)
+    narrow = num_tokens * blocks * most_keys <= _MOST_PROGRAMS * _FEW_KEYS
+    keys_each = _FEW_KEYS if narrow else KEYS
+    tiles = min(most_keys // keys_each, max(1, _MOST_PROGRAMS // (num_tokens * blocks)))
+    sizes = {
+        "BLOCK_SIZE": block_size, "HEADS": heads, "HEAD_BLOCKS": head_blocks,
+        "ROWS": max(16, heads), **early(device),
+    }  # fmt: skip
+    rows = (meta.positions_T, meta.sequence_T, tables, meta.num_tokens)
+    score[(num_tokens, blocks, tiles)](
+        q_TND, keys, scores_TNX, *rows, num_heads, num_heads // num_kv_heads, scale * LOG2_E,
+        tables.stride(0), keys.stride(0), most_keys,
+        KEYS=keys_each, C=first_dim, R=key_dim - first_dim, BLOCK_C=_padded(first_dim),
+        BLOCK_R=_padded(key_dim - first_dim), num_warps=4 if narrow else 8, num_stages=1, **sizes,
+    )  # fmt: skip
+    partial = sums = out_TNV
+    if parts > 1:
+        shape = (parts, num_tokens, num_heads)
+        partial = torch.empty(*shape, value_dim, device=device, dtype=torch.float32)
+        sums = torch.empty(*shape, 2, device=device, dtype=torch.float32)
+    channels = min(_CHANNELS, _padded(value_dim))
+    weigh[(num_tokens, blocks * triton.cdiv(value_dim, channels), parts)](
+        scores_TNX, values, out_TNV, partial, sums, *rows,
+        num_tokens, num_heads, num_heads // num_kv_heads,
+        tables.stride(0), values.stride(0), most_keys,
+        KEYS=KEYS, PART=PART, V=value_dim, ROW=values.shape[3], CHANNELS=channels,
+        num_warps=_WEIGH_WARPS, num_stages=3, **sizes,
+    )  # fmt: skip
+    if parts > 1:
         join[(num_tokens, num_heads)](
             partial, sums, out_TNV, meta.positions_T, meta.num_tokens, num_heads,
-            PART=PART, V=value_dim, BLOCK_V=_padded(value_dim), num_warps=4,
+            PART=PART, V=value_dim, BLOCK_V=_padded(value_dim), num_warps=4, **early(device),
         )  # fmt: skip
-    return out_TNV
 
 
 def _padded(channels: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from experts.kernels.early import let_next_start, wait_for_inputs
 from experts.kernels.product import INTERPRETED, product
 
 
@@ -21,8 +22,10 @@ def attend(  # type: ignore[no-untyped-def]
     KEYS: tl.constexpr, PART: tl.constexpr, STEP: tl.constexpr,
     C: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
-    LATENT: tl.constexpr, SPREAD: tl.constexpr, MERGES: tl.constexpr,
+    LATENT: tl.constexpr, MERGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     TOKENS: tl.constexpr = ROWS // HEADS
     kv_head, head_block = tl.program_id(1) // HEAD_BLOCKS, tl.program_id(1) % HEAD_BLOCKS
     row = tl.arange(0, ROWS)
@@ -36,9 +39,8 @@ def attend(  # type: ignore[no-untyped-def]
         last_token = tl.minimum(tl.load(num_real).to(tl.int32), num_tokens)
     for offset in range(STEP):
         token = tl.program_id(0) * STEP + offset
-        first_key = tl.program_id(2) * PART if SPREAD else 0
         position, leads = _leader(token, last_token, positions, sequences, TOKENS)
-        if leads and position + TOKENS > first_key:
+        if leads:
             sequence = tl.load(sequences + token).to(tl.int64)
             # Tokens of the tile: those that follow in this sequence, up to a multiple of TOKENS.
             tokens = token + row // HEADS
@@ -61,49 +63,32 @@ def attend(  # type: ignore[no-untyped-def]
             table = tables + sequence * table_stride
             at_out = out + token.to(tl.int64) * num_heads * V + (inside[:, None] * V + v[None, :])
             out_here = here[:, None] & (v < V)[None, :]
-            if SPREAD:
+            first_row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+            first_row *= ROWS
+            at_sums = sums + first_row * 2 + row * 2
+            at_state = partial + first_row * V + (row[:, None] * V + v[None, :])
+            for part_first in range(0, last_key + 1, PART):
                 peak, total, acc = _walk(
-                    q_c, q_r, key_channels, value_channels, table, row_position, first_key,
-                    tl.minimum(first_key + PART, last_key + 1), scale,
+                    q_c, q_r, key_channels, value_channels, table, row_position, part_first,
+                    tl.minimum(part_first + PART, last_key + 1), scale,
                     BLOCK_SIZE, ROWS, KEYS, C, R, V, BLOCK_C, BLOCK_R, BLOCK_V, LATENT,
                 )  # fmt: skip
-                if last_key < PART:
+                if MERGES:
+                    if part_first > 0:
+                        tl.debug_barrier()
+                        old_peak, old_total = tl.load(at_sums), tl.load(at_sums + 1)
+                        peak, keep, add = weights_of(old_peak, peak)
+                        total = tl.fma(old_total, keep, total * add)
+                        old_acc = tl.load(at_state, out_here, other=0.0)
+                        kept = tl.broadcast_to(keep[:, None], acc.shape)
+                        acc = tl.fma(old_acc, kept, acc * add[:, None])
+                        tl.debug_barrier()
+                if part_first + PART > last_key:
                     tl.store(at_out, (acc / total[:, None]).to(out.dtype.element_ty), out_here)
-                else:
-                    first_row = (tl.program_id(2).to(tl.int64) * num_tokens + token) * num_heads
-                    at_sums = sums + first_row * 2 + inside * 2
-                    tl.store(at_sums, peak, here)
-                    tl.store(at_sums + 1, total, here)
-                    tl.store(
-                        partial + first_row * V + (inside[:, None] * V + v[None, :]), acc, out_here
-                    )
-            else:
-                first_row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-                first_row *= ROWS
-                at_sums = sums + first_row * 2 + row * 2
-                at_state = partial + first_row * V + (row[:, None] * V + v[None, :])
-                for part_first in range(0, last_key + 1, PART):
-                    peak, total, acc = _walk(
-                        q_c, q_r, key_channels, value_channels, table, row_position, part_first,
-                        tl.minimum(part_first + PART, last_key + 1), scale,
-                        BLOCK_SIZE, ROWS, KEYS, C, R, V, BLOCK_C, BLOCK_R, BLOCK_V, LATENT,
-                    )  # fmt: skip
-                    if MERGES:
-                        if part_first > 0:
-                            tl.debug_barrier()
-                            old_peak, old_total = tl.load(at_sums), tl.load(at_sums + 1)
-                            peak, keep, add = _weights(old_peak, peak)
-                            total = tl.fma(old_total, keep, total * add)
-                            old_acc = tl.load(at_state, out_here, other=0.0)
-                            kept = tl.broadcast_to(keep[:, None], acc.shape)
-                            acc = tl.fma(old_acc, kept, acc * add[:, None])
-                            tl.debug_barrier()
-                    if part_first + PART > last_key:
-                        tl.store(at_out, (acc / total[:, None]).to(out.dtype.element_ty), out_here)
-                    elif MERGES:
-                        tl.store(at_sums, peak)
-                        tl.store(at_sums + 1, total)
-                        tl.store(at_state, acc, out_here)
+                elif MERGES:
+                    tl.store(at_sums, peak)
+                    tl.store(at_sums + 1, total)
+                    tl.store(at_state, acc, out_here)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -131,7 +116,7 @@ def _walk(  # type: ignore[no-untyped-def]
     peak = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    slot = _slots(table, first + tl.arange(0, KEYS), end, BLOCK_SIZE)
+    slot = slots_of(table, first + tl.arange(0, KEYS), end, BLOCK_SIZE)
     for start in range(first, end, KEYS):
         position = start + tl.arange(0, KEYS)
         here = position < end
@@ -144,24 +129,30 @@ def _walk(  # type: ignore[no-untyped-def]
             k_r = tl.load(k_rows + C + r[None, :], mask=r_here, other=0.0)
             scores = product(q_r, k_r, scores)
         scores = tl.where(position[None, :] <= row_position[:, None], scores * scale, -1e30)
-        tile_peak = tl.max(scores, 1)
-        new_peak = tl.maximum(peak, tile_peak)
-        shrink = tl.exp2(peak - new_peak)
-        weights = tl.exp2(scores - new_peak[:, None])
-        total = tl.fma(total, shrink, _exact_sum(weights, tl.exp2(tile_peak - new_peak)))
+        peak, total, shrink, weights = softmax_step(scores, peak, total)
         v_tile = k_c
         if not LATENT:
             v_here = here[:, None] if BLOCK_V == V else here[:, None] & (v < V)[None, :]
             v_tile = tl.load(values + slot[:, None] * V + v[None, :], mask=v_here, other=0.0)
         # Where the next tile lies is known before it is wanted, so its load can start early.
-        slot = _slots(table, position + KEYS, end, BLOCK_SIZE)
+        slot = slots_of(table, position + KEYS, end, BLOCK_SIZE)
         acc = acc * shrink[:, None]
         if INTERPRETED:
             acc = tl.dot(weights.to(v_tile.dtype).to(tl.float32), v_tile.to(tl.float32), acc)
         else:
             acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc)
-        peak = new_peak
     return peak, total, acc
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def softmax_step(scores, peak, total):  # type: ignore[no-untyped-def]
+    """One more tile of scores: (peak, sum, what the values so far shrink by, weights of the tile)."""
+    tile_peak = tl.max(scores, 1)
+    new_peak = tl.maximum(peak, tile_peak)
+    shrink = tl.exp2(peak - new_peak)
+    weights = tl.exp2(scores - new_peak[:, None])
+    total = tl.fma(total, shrink, _exact_sum(weights, tl.exp2(tile_peak - new_peak)))
+    return new_peak, total, shrink, weights
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -177,41 +168,14 @@ def _exact_sum(weights, greatest):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _slots(table, position, end, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def slots_of(table, position, end, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Rows of the cache at these positions of a sequence."""
     block = tl.load(table + position // BLOCK_SIZE, mask=position < end, other=0).to(tl.int64)
     return block * BLOCK_SIZE + position % BLOCK_SIZE
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _weights(old_peak, peak):  # type: ignore[no-untyped-def]
+def weights_of(old_peak, peak):  # type: ignore[no-untyped-def]
     """The peak of two parts, and what the older and the newer of them weigh."""
     both = tl.maximum(old_peak, peak)
     return both, tl.exp2(old_peak - both), tl.exp2(peak - both)
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def join(  # type: ignore[no-untyped-def]
-    partial, sums, out, positions, num_real, num_heads,
-    PART: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """Merge a token's parts in order, as `attend` does; a single part is there already."""
-    token = tl.program_id(0)
-    if num_real is not None:
-        if token >= tl.load(num_real):
-            return
-    parts = tl.load(positions + token).to(tl.int32) // PART + 1
-    if parts == 1:
-        return
-    v = tl.arange(0, BLOCK_V)
-    row = token.to(tl.int64) * num_heads + tl.program_id(1)
-    each = tl.num_programs(0).to(tl.int64) * num_heads  # rows of a part
-    peak, total = tl.load(sums + row * 2), tl.load(sums + row * 2 + 1)
-    acc = tl.load(partial + row * V + v, mask=v < V, other=0.0)
-    for part in range(1, parts):
-        at = row + part * each
-        peak, keep, add = _weights(peak, tl.load(sums + at * 2))
-        total = tl.fma(total, keep, tl.load(sums + at * 2 + 1) * add)
-        new_acc = tl.load(partial + at * V + v, mask=v < V, other=0.0)
-        acc = tl.fma(acc, tl.broadcast_to(keep, acc.shape), new_acc * add)
-    tl.store(out + row * V + v, (acc / total).to(out.dtype.element_ty), mask=v < V)

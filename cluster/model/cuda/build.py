@@ -19,11 +19,12 @@ from cluster.model.cuda.gqa import CudaGqa
 from cluster.model.cuda.layers import Attention, CudaLayer, DenseMlp
 from cluster.model.cuda.mla import CudaMla
 from cluster.model.cuda.ops import ExpertLayer, Ops
+from cluster.model.cuda.replica import Mlp, Replica
 from cluster.model.cuda.slots import DeviceSlots, TwoMatrices
 from cluster.model.cuda.weights import Matrix
 from cluster.model.mla import MlaAttention
 from cluster.model.norm import RmsNorm
-from comms.group import Group
+from comms.groups import ParallelGroups
 from experts.mlp import GatedMLP
 from router.gate import Gate
 from router.placement import Placement
@@ -42,6 +43,9 @@ class WeightSource(Protocol):
     def shared_expert(self, layer: int) -> GatedMLP | None: ...
     def gate(self, layer: int) -> Gate: ...
     def expert(self, moe_idx: int, expert: int) -> TwoMatrices: ...
+    @property
+    def float8_experts(self) -> bool:
+        """Whether `expert` gives e4m3."""
 
 
 class Builder:
@@ -51,8 +55,9 @@ class Builder:
         self,
         source: WeightSource,
         placement: Placement,
-        world: Group,
+        groups: ParallelGroups,
         ops: Ops,
+        replica: Replica,
         *,
         float8: bool,
         sums_in_integers: bool,
@@ -61,7 +66,8 @@ class Builder:
     ) -> None:
         self.config, self.device = source.config, device
         self._source, self._placement, self._ops = source, placement, ops
-        self._world, self._rank, self._exchange = world, world.idx, exchange
+        self._world, self._rank, self._exchange = groups.world, groups.rank, exchange
+        self._replica, self._leader = replica, groups.tp.ranks[0]
         self._float8, self._sums_in_integers = float8, sums_in_integers
 
     def embedding(self) -> Tensor:
@@ -82,13 +88,14 @@ class Builder:
             attention=self._attention(self._source.attention(idx)),
             mlp_norm=mlp_norm,
             mlp=self._experts(idx, mlp_norm) if has_experts else self._dense(idx),
-            ops=self._ops,
+            replica=self._replica,
         )
 
     def _attention(self, module: GqaAttention | MlaAttention) -> Attention:
         if isinstance(module, GqaAttention):
             return CudaGqa(
                 config=module.config,
+                num_kv_heads=module.num_kv_heads,
                 w_qkv=self._matrix(module.w_qkv),
                 w_out=self._matrix(module.w_out_HN),
                 q_norm=module.q_norm and self._norm(module.q_norm),
@@ -107,9 +114,10 @@ class Builder:
             ops=self._ops,
         )
 
-    def _dense(self, idx: int) -> DenseMlp:
+    def _dense(self, idx: int) -> Mlp:
         mlp = self._source.dense_mlp(idx)
-        return DenseMlp(w13=self._matrix(mlp.w13), w2=self._matrix(mlp.w2), ops=self._ops)
+        local = DenseMlp(w13=self._matrix(mlp.w13), w2=self._matrix(mlp.w2), ops=self._ops)
+        return self._replica.divided(local)
 
     def _experts(self, idx: int, norm: RmsNorm) -> ExpertLayer:
         config, source = self.config, self._source
@@ -120,7 +128,7 @@ class Builder:
             num_slots=self._placement.slots_per_rank,
             hidden=config.hidden_size,
             intermediate=config.expert_intermediate_size,
-            float8=self._float8,
+            float8=self._float8 or source.float8_experts,
             device=self.device,
         )
         gate, shared = source.gate(idx), source.shared_expert(idx)
@@ -133,7 +141,7 @@ class Builder:
             ),
             slots,
             self._placement.layer(moe_idx),
-            self._rank,
+            self._leader,  # copies of an expert are chosen alike for all rows of a replica
             None if shared is None else (self._matrix(shared.w13), self._matrix(shared.w2)),
             self._gains(moe_idx, slots, norm) if self._sums_in_integers else None,
             self._exchange,
@@ -152,7 +160,7 @@ class Builder:
         return gains_E.to(self.device)
 
     def _matrix(self, w_OI: Tensor) -> Matrix:
-        return Matrix.of(w_OI.to(self.device), float8=self._float8)
+        return Matrix.of(w_OI, float8=self._float8, device=self.device)
 
     def _norm(self, norm: RmsNorm) -> RmsNorm:
         return replace(norm, weight=norm.weight.to(self.device))

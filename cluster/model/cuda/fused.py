@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cluster.model.cuda.rotate import RopeTable, gqa_write, mla_write
+from experts.kernels.early import early, let_next_start, wait_for_inputs
 
 __all__ = [
     "RopeTable",
@@ -65,18 +66,21 @@ def _launch_norm(
         block = triton.next_power_of_2(channels)
         _rms_norm[(num_rows,)](
             x_TH, residual_TH, weight, out, sums, x_TH.stride(0), eps,
-            H=channels, BLOCK=block, num_warps=min(8, max(1, block // 512)),
+            H=channels, BLOCK=block, num_warps=min(8, max(1, block // 512)), **early(x_TH.device),
         )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _rms_norm(  # type: ignore[no-untyped-def]
-    x, residual, weight, out, sums, stride, eps, H: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, residual, weight, out, sums, stride, eps,
+    H: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     h = tl.arange(0, BLOCK)
     here = h < H
     row = tl.program_id(0).to(tl.int64)
     gain = tl.load(weight + h, mask=here, other=0.0).to(tl.float32)
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     x_row = tl.load(x + row * stride + h, mask=here, other=0.0)
     if residual is not None:
         added = tl.load(residual + row * H + h, mask=here, other=0.0).to(tl.float32)
@@ -97,13 +101,18 @@ def silu_and_multiply(gate_up: Tensor) -> Tensor:
     if num_rows:
         block = min(1024, triton.next_power_of_2(intermediate))
         _silu_and_multiply[(num_rows, triton.cdiv(intermediate, block))](
-            gate_up, out, intermediate, BLOCK=block, num_warps=max(1, block // 256)
-        )
+            gate_up, out, intermediate, BLOCK=block, num_warps=max(1, block // 256),
+            **early(gate_up.device),
+        )  # fmt: skip
     return out
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _silu_and_multiply(gate_up, out, intermediate, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _silu_and_multiply(  # type: ignore[no-untyped-def]
+    gate_up, out, intermediate, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = i < intermediate

@@ -1,4 +1,4 @@
-"""Grouped-query attention on a GPU: all heads here.
+"""Grouped-query attention on a GPU: this rank's heads.
 
 Legend: T rows, H hidden, G KV heads, N query heads, D head channels.
 """
@@ -21,6 +21,7 @@ class CudaGqa:
     """Weights as in `GqaAttention`."""
 
     config: GqaConfig
+    num_kv_heads: int
     w_qkv: Matrix
     w_out: Matrix
     q_norm: RmsNorm | None
@@ -30,6 +31,6 @@ class CudaGqa:
     def __call__(self, x_TH: Tensor, step: Step, cache: LayerCache) -> Tensor:
         c, ops = self.config, self.ops
         qkv_TX = ops.linear(x_TH, self.w_qkv)
-        q_TND = ops.store_heads(qkv_TX, self.q_norm, self.k_norm, c.num_kv_heads, step, cache)
+        q_TND = ops.store_heads(qkv_TX, self.q_norm, self.k_norm, self.num_kv_heads, step, cache)
         out_TND = ops.attention(q_TND, cache, step.plan, c.softmax_scale, c.head_dim)
         return ops.linear(out_TND.flatten(1), self.w_out)

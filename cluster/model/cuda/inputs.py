@@ -77,10 +77,10 @@ class StepInputs:
 
     @staticmethod
     def of(batch: ForwardBatch, spare: int, device: torch.device) -> StepInputs:
-        """A batch as it is, without padding, copied to the device."""
+        """A batch as it is, copied to the device; one row of padding if it has none."""
         num_tables, width = batch.block_tables_NB.shape
         width = -(-max(1, width) // _ALIGNMENT) * _ALIGNMENT  # few widths: kernels compile for each
-        sizes = (batch.num_tokens, num_tables, width, len(batch.logit_rows))
+        sizes = (max(1, batch.num_tokens), max(1, num_tables), width, len(batch.logit_rows))
         staged = StepInputs.empty(*sizes, torch.device("cpu"))
         staged.fill(batch, spare)
         if device.type == "cpu":

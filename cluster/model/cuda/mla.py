@@ -1,4 +1,4 @@
-"""Multi-head latent attention on a GPU, in the absorbed form of `cluster.model.mla`: all heads here.
+"""Multi-head latent attention on a GPU, in the absorbed form of `cluster.model.mla`: this rank's heads.
 
 Legend: T rows, H hidden, N heads, C latent channels, R rotary channels, D = C + R, M channels of a
 head's un-rotated query, V of its value, Q channels of the query's down-projection.
@@ -41,9 +41,9 @@ class CudaMla:
         if self.q_norm is not None and self.w_q_up is not None:
             normed_TQ = ops.rms_norm(query_TQ, self.q_norm.weight, self.q_norm.eps)
             query_TQ = ops.linear(normed_TQ, self.w_q_up)
-        query_TNX = query_TQ.unflatten(1, (c.num_heads, -1))
+        query_TNX = query_TQ.unflatten(1, (len(self.w_uk_NCM), -1))
         nope = c.qk_nope_head_dim
-        q_TND = x_TH.new_empty(len(x_TH), c.num_heads, latent + c.qk_rope_head_dim)
+        q_TND = x_TH.new_empty(len(x_TH), len(self.w_uk_NCM), latent + c.qk_rope_head_dim)
 
         def store() -> None:
             ops.store_latents(latent_TD, query_TNX, self.latent_norm, step, cache, q_TND)

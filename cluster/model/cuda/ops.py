@@ -26,13 +26,15 @@ from router.placement import LayerPlacement
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What all layers of a pass share. `plan` is what the attention kernel made of the inputs."""
+    """What all layers of a pass share. `plan` is what the attention kernel made of the inputs; `own_tokens`,
+    int32 [1]: how many of this rank's own rows are tokens (None: all), see `replica`."""
 
     inputs: StepInputs
     cos_LF: Tensor
     sin_LF: Tensor
     interleaved: bool
     plan: Any
+    own_tokens: Tensor | None = None
 
 
 class Ops(Protocol):

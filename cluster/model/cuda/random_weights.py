@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cluster.model.attention import GqaAttention
+from cluster.model.attention_loader import LATENT_NORM_EPS
 from cluster.model.config import GqaConfig, MlaConfig, ModelConfig
-from cluster.model.loader import LATENT_NORM_EPS
 from cluster.model.mla import MlaAttention
 from cluster.model.norm import RmsNorm
 from experts.mlp import GatedMLP
@@ -47,6 +47,10 @@ class RandomWeights:
 
     def expert(self, moe_idx: int, expert: int) -> GatedMLP:
         return self._mlp(self.config.expert_intermediate_size)
+
+    @property
+    def float8_experts(self) -> bool:
+        return False
 
     def gate(self, layer: int) -> Gate:
         config = self.config

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cluster.model.rope import RotaryTable
+from experts.kernels.early import early, let_next_start, wait_for_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ def mla_write(
             q_TND.stride(0), q_TND.stride(1), num_heads, query_dim - rotary, eps,
             C=latent, F=rotary // 2, INTERLEAVED=table.interleaved, HEADS=_padded(num_heads),
             BLOCK_C=_padded(latent), BLOCK_F=_padded(rotary // 2), num_warps=4,
+            **early(cache.device),
         )  # fmt: skip
 
 
@@ -99,6 +101,7 @@ def gqa_write(
             qkv_TX, q_gain, k_gain, table.cos_LF, table.sin_LF, positions_T, kv_slots_T,
             keys, values, q_TND, num_heads, num_kv_heads, keys.stride(0), eps,
             F=dim // 2, INTERLEAVED=table.interleaved, BLOCK_F=_padded(dim // 2), num_warps=1,
+            **early(keys.device),
         )  # fmt: skip
     return q_TND
 
@@ -112,8 +115,10 @@ def _mla_write(  # type: ignore[no-untyped-def]
     query, latent, gain, cos, sin, positions, slots, cache, out,
     query_token, query_head, latent_token, out_token, out_head, num_heads, nope, eps,
     C: tl.constexpr, F: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + token).to(tl.int64)
     if tl.program_id(1) == 1:
@@ -177,8 +182,10 @@ def _turn(  # type: ignore[no-untyped-def]
 def _gqa_write(  # type: ignore[no-untyped-def]
     qkv, q_gain, k_gain, cos, sin, positions, slots, keys, values, out,
     num_heads, num_kv_heads, cache_head, eps,
-    F: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_F: tl.constexpr,
+    F: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_F: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     f = tl.arange(0, BLOCK_F)
     here = f < F

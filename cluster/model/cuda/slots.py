@@ -14,14 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cluster.model.cuda.weights import dequantized, quantize_blocks
 from cluster.model.errors import UnsupportedModelError
+from experts.float8 import FLOAT8, BlockScaled, plain, store
 from experts.kernels.types import BLOCK, DeviceExperts
-from experts.weights import ExpertWeights
+from experts.weights import ExpertWeights, fingerprint_of
 
 
 class TwoMatrices(Protocol):
-    """One expert: w13 [2I, H], gate rows, then up rows; w2 [H, I]. On any device."""
+    """One expert: w13 [2I, H], gate rows, then up rows; w2 [H, I]. On any device, `BlockScaled` or not."""
 
     @property
     def w13(self) -> Tensor: ...
@@ -30,24 +30,25 @@ class TwoMatrices(Protocol):
 
 
 class DeviceExpert:
-    """One expert in a buffer of the pool. `fingerprint` is that of the weights as they were read."""
+    """One expert in a buffer of the pool, as long as a slot reads it."""
 
-    def __init__(self, slots: DeviceSlots, buffer: int, fingerprint: int) -> None:
+    def __init__(self, slots: DeviceSlots, buffer: int) -> None:
         self.buffer = buffer
-        self._slots, self._fingerprint = slots, fingerprint
+        self._slots = slots
+        self._fingerprint: int | None = None
 
     def fingerprint(self) -> int:
+        """That of `ExpertWeights` with the same bytes."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint_of(*self._slots.views(self.buffer))
         return self._fingerprint
 
     @property
     def data(self) -> memoryview:
-        """Its bytes as `ExpertWeights` has them, copied to the host. ValueError for float8."""
-        slots = self._slots
-        if slots.experts.is_float8:
-            raise ValueError("quantised experts are not sent: peers would hold other weights")
-        host = ExpertWeights(slots.hidden, slots.intermediate, torch.bfloat16)
-        host.w13.copy_(slots.experts.w13_BNH[self.buffer])
-        host.w2.copy_(slots.experts.w2_BHI[self.buffer])
+        """Its bytes as `ExpertWeights` has them, scales and all, copied to the host."""
+        host = self._slots.new_weights()
+        for there, here in zip(self._slots.views(self.buffer), (host.w13, host.w2), strict=True):
+            store(there, here, here.scale_PQ if isinstance(here, BlockScaled) else None)
         return host.data
 
 
@@ -64,7 +65,6 @@ class DeviceSlots:
         intermediate: int,
         float8: bool,
         device: torch.device,
-        num_spares: int = 0,
     ) -> None:
         """`held`: the expert of each slot that has one; `read` gives an expert, to be copied.
 
@@ -74,22 +74,15 @@ class DeviceSlots:
         if float8 and (hidden % BLOCK or intermediate % BLOCK):
             raise UnsupportedModelError(
                 f"float8 experts need hidden and intermediate sizes in multiples of {BLOCK}, got "
-                f"{hidden} and {intermediate}: leave quantization unset"
+                f"{hidden} and {intermediate}: set quantization to bfloat16"
             )
         self.num_slots, self.hidden, self.intermediate = num_slots, hidden, intermediate
         buffers = {expert: i for i, expert in enumerate(dict.fromkeys(held.values()))}
-        num_buffers = max(1, len(buffers) + num_spares)
-        self.experts = _pool(num_buffers, num_slots, hidden, intermediate, float8, device)
-        self._spares = list(range(len(buffers), num_buffers))
-        fingerprints = {}
+        self.experts = _pool(max(1, num_slots), num_slots, hidden, intermediate, float8, device)
         for expert, buffer in buffers.items():
-            weights: TwoMatrices = read(expert)
-            self._fill(buffer, weights)
-            fingerprints[expert] = expert  # of random weights, which no peer can send
-            if isinstance(weights, ExpertWeights):
-                fingerprints[expert] = weights.fingerprint()
-        shared = {e: DeviceExpert(self, b, fingerprints[e]) for e, b in buffers.items()}
-        empty = DeviceExpert(self, 0, 0)
+            self._fill(buffer, read(expert))
+        shared = {expert: DeviceExpert(self, buffer) for expert, buffer in buffers.items()}
+        empty = DeviceExpert(self, 0)
         self._slots = [empty] * num_slots
         for slot, expert in held.items():
             self._slots[slot] = shared[expert]
@@ -99,22 +92,25 @@ class DeviceSlots:
         return self._slots[slot]
 
     def __setitem__(self, slot: int, weights: DeviceExpert | ExpertWeights) -> None:
-        """In force from the next step on. RuntimeError for new weights if no buffer is spare."""
-        if isinstance(weights, ExpertWeights):
-            if not self._spares:
-                raise RuntimeError("no spare buffer for another expert on this device")
-            buffer = self._spares.pop()
-            self._fill(buffer, weights)
-            weights = DeviceExpert(self, buffer, weights.fingerprint())
-        before = self._slots[slot].buffer
-        self._slots[slot] = weights
-        if all(kept.buffer != before for kept in self._slots):
-            self._spares.append(before)
+        self.replace({slot: weights})
+
+    def replace(self, changes: Mapping[int, DeviceExpert | ExpertWeights]) -> None:
+        """Other experts in some slots, from the next step on. New ones are copied to buffers that no slot
+        reads any more, so this waits for the steps before."""
+        after = [changes.get(slot, held) for slot, held in enumerate(self._slots)]
+        in_use = {held.buffer for held in after if isinstance(held, DeviceExpert)}
+        free = [i for i in range(len(self.experts.w13_BNH)) if i not in in_use]
+        for slot, weights in changes.items():
+            if isinstance(weights, ExpertWeights):
+                buffer = free.pop()
+                self._fill(buffer, weights)
+                weights = DeviceExpert(self, buffer)
+            self._slots[slot] = weights
         self._tell()
 
     def new_weights(self) -> ExpertWeights:
-        """Memory on the host for an expert of this layer that is in no slot yet."""
-        return ExpertWeights(self.hidden, self.intermediate, torch.bfloat16)
+        """Memory on the host for an expert of this layer that is in no slot yet, in the pool's form."""
+        return ExpertWeights(self.hidden, self.intermediate, self.experts.w13_BNH.dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -122,14 +118,21 @@ class DeviceSlots:
         whole = self.experts.w13_BNH.nbytes + self.experts.w2_BHI.nbytes
         return whole + sum(scale.nbytes for scale in scales if scale is not None)
 
-    def matrices(self, slot: int) -> tuple[Tensor, Tensor]:
-        """(w13, w2) of a slot in fp32, dequantised: for oracles and gains."""
-        experts, buffer = self.experts, self._slots[slot].buffer
+    def views(self, buffer: int) -> tuple[Tensor, Tensor]:
+        """(w13, w2) in a buffer: `BlockScaled` in a pool of float8."""
+        experts = self.experts
         w13, w2 = experts.w13_BNH[buffer], experts.w2_BHI[buffer]
         if experts.w13_scale is None or experts.w2_scale is None:
-            return w13.float(), w2.float()
-        scales = experts.w13_scale[buffer], experts.w2_scale[buffer]
-        return dequantized(w13, scales[0]), dequantized(w2, scales[1])
+            return w13, w2
+        return (
+            BlockScaled.of(w13, experts.w13_scale[buffer]),
+            BlockScaled.of(w2, experts.w2_scale[buffer]),
+        )
+
+    def matrices(self, slot: int) -> tuple[Tensor, Tensor]:
+        """(w13, w2) of a slot in fp32, dequantised: for oracles and gains."""
+        w13, w2 = self.views(self._slots[slot].buffer)
+        return plain(w13).float(), plain(w2).float()
 
     def _fill(self, buffer: int, weights: TwoMatrices) -> None:
         experts = self.experts
@@ -137,13 +140,7 @@ class DeviceSlots:
             (experts.w13_BNH, experts.w13_scale, weights.w13),
             (experts.w2_BHI, experts.w2_scale, weights.w2),
         ):
-            there = matrix.to(whole.device)
-            if scales is None:
-                whole[buffer].copy_(there)
-            else:
-                quantized, scale = quantize_blocks(there)
-                whole[buffer].copy_(quantized)
-                scales[buffer].copy_(scale)
+            store(matrix, whole[buffer], None if scales is None else scales[buffer])
 
     def _tell(self) -> None:
         buffers = torch.tensor([kept.buffer for kept in self._slots], dtype=torch.int32)
@@ -158,7 +155,7 @@ def _pool(
     float8: bool,
     device: torch.device,
 ) -> DeviceExperts:
-    dtype = torch.float8_e4m3fn if float8 else torch.bfloat16
+    dtype = FLOAT8 if float8 else torch.bfloat16
 
     def matrix(rows: int, columns: int) -> Tensor:
         return torch.empty(num_buffers, rows, columns, dtype=dtype, device=device)

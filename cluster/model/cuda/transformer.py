@@ -1,8 +1,9 @@
 """The whole model of one rank on a GPU: what `cluster.model.transformer` is on a CPU.
 
 One pass goes over all layers without ever asking the device for a number. Steps of few tokens replay
-captured graphs (see `graphs`); others launch their kernels one by one.
-Attention and vocabulary are whole on every rank.
+captured graphs (see `graphs`); others launch their kernels one by one. Attention and vocabulary are divided
+over the ranks of a replica (see `replica`), experts over all ranks (see `exchange`). Then every rank makes
+every pass, also without tokens of its own, with as many rows as the others.
 
 Legend: T rows, H hidden, V vocabulary, L logit rows, F rotary frequencies.
 """
@@ -10,28 +11,32 @@ Legend: T rows, H hidden, V vocabulary, L logit rows, F rotary frequencies.
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cluster.model.batch import ForwardBatch
-from cluster.model.checkpoint import Checkpoint
 from cluster.model.config import ModelConfig
 from cluster.model.cuda.build import Builder, WeightSource
-from cluster.model.cuda.graphs import ROWS, StepGraphs
+from cluster.model.cuda.checkpoint import DeviceCheckpoint
+from cluster.model.cuda.graphs import ROWS, StepGraphs, padded
 from cluster.model.cuda.inputs import StepInputs, spare_slot
-from cluster.model.cuda.layers import CudaLayer, Stream
+from cluster.model.cuda.layers import CudaLayer
 from cluster.model.cuda.ops import ExpertLayer, Ops, Step
+from cluster.model.cuda.replica import OneRank, Replica
+from cluster.model.cuda.tensor_parallel import connect_replica
 from cluster.model.cuda.weights import Matrix
 from cluster.model.errors import UnsupportedModelError
 from cluster.model.kv_cache import KVCache
 from cluster.model.loader import Loader
-from cluster.model.memory import tensor_bytes
+from cluster.model.memory import Reports
 from cluster.model.norm import RmsNorm
 from cluster.model.rope import RotaryTable
 from comms.base import BaseDispatcher
@@ -43,16 +48,24 @@ from comms.where import Where
 from router.placement import Placement
 
 if TYPE_CHECKING:
-    from cluster.model.cuda.exchange import SymmetricExchange
+    from cluster.model.cuda.exchange import RankExchange
     from cluster.model.transformer import CommsOptions
 
-Quantization = Literal["fp8"] | None
-"""fp8: products with large matrices in float8, weights by blocks of 128 x 128."""
+Quantization = Literal["fp8", "bfloat16"] | None
+"""Of large matrices: float8 by blocks of 128 x 128, or bfloat16; None: as the checkpoint has them."""
+
+
+class Outputs(NamedTuple):
+    """Of a pass: logits [L, V], and the experts of all rows [T, K] by expert layer."""
+
+    logits_LV: Tensor
+    choices: list[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CudaTransformer:
-    """`spare_slot`: a place in the caches that no sequence owns; rows of padding write there."""
+class CudaTransformer(Reports):
+    """`spare_slot`: a place in the caches that no sequence owns; rows of padding write there. `passes`:
+    numbers of the passes, the same on all ranks."""
 
     config: ModelConfig
     tp: Group
@@ -66,7 +79,9 @@ class CudaTransformer:
     ops: Ops
     device: torch.device
     graphs: StepGraphs | None = None
-    exchange: Any = None
+    exchange: RankExchange | None = None
+    replica: Replica
+    passes: Iterator[int] = field(default_factory=count)
 
     @staticmethod
     def load(
@@ -77,23 +92,42 @@ class CudaTransformer:
         comms: CommsOptions,
         *,
         quantization: Quantization = None,
+        max_tokens: int = ROWS[-1],
         device: torch.device | None = None,
     ) -> CudaTransformer:
-        """Read a checkpoint directory to the device, in bfloat16 or quantised as it arrives ("fp8").
+        """Read a checkpoint directory straight to the device.
 
-        Raises CheckpointError naming file and tensor, and UnsupportedModelError for a layout that this
-        backend does not have.
+        max_tokens: of a rank in a pass. Collective where there are several ranks. Raises CheckpointError
+        naming file and tensor, and UnsupportedModelError for what this backend does not have.
         """
-        loader = Loader(
-            checkpoint=Checkpoint(path),
-            config=config,
-            topology=groups.topology,
-            rank=groups.rank,
-            dtype=torch.bfloat16,
-        )
-        return CudaTransformer.build(
-            loader, groups, placement, comms, quantization=quantization, device=device
-        )
+        device = device or current_gpu()
+        keep_float8 = quantization != "bfloat16"
+        exchange: RankExchange | None = None
+        if groups.topology.world_size > 1:
+            from cluster.model.cuda.exchange import connect_exchange
+
+            exchange = connect_exchange(
+                config, groups, placement, comms,
+                float8=quantization == "fp8" or (keep_float8 and config.float8),
+                capacity=padded(max_tokens), device=device,
+            )  # fmt: skip
+        replica = connect_replica(
+            config, groups, kernel_ops(),
+            capacity=padded(max_tokens), device=device, timeout_s=comms.timeout_s,
+        )  # fmt: skip
+        with DeviceCheckpoint(path, device) as checkpoint:
+            loader = Loader(
+                checkpoint=checkpoint,
+                config=config,
+                topology=groups.topology,
+                rank=groups.rank,
+                dtype=torch.bfloat16,
+                keep_float8=keep_float8,
+            )
+            return CudaTransformer.build(
+                loader, groups, placement, comms,
+                quantization=quantization, device=device, exchange=exchange, replica=replica,
+            )  # fmt: skip
 
     @staticmethod
     def build(
@@ -105,19 +139,19 @@ class CudaTransformer:
         quantization: Quantization = None,
         device: torch.device | None = None,
         ops: Ops | None = None,
-        exchange: SymmetricExchange | None = None,
+        exchange: RankExchange | None = None,
+        replica: Replica | None = None,
     ) -> CudaTransformer:
         """From any source of weights. `ops`: other functions than the kernels, for tests, and without
-        graphs. `exchange`: with the other ranks; each of them then makes the same passes with equally many rows."""
+        graphs. `exchange`: with the other ranks; each of them then makes the same passes with equally many
+        rows. `replica`: with the other ranks of this one's."""
         config = source.config
-        if groups.tp.size > 1 or (groups.topology.world_size > 1 and exchange is None):
+        world_size, replica_size = groups.topology.world_size, groups.tp.size
+        if (world_size > 1 and exchange is None) or (replica_size > 1 and replica is None):
             raise UnsupportedModelError(
-                f"device = cuda has layouts of one rank so far, not {groups.topology.world_size}"
+                f"{world_size} ranks on GPUs, {replica_size} to a replica, need what moves their rows"
             )
-        if device is None:
-            if not torch.cuda.is_available():
-                raise UnsupportedModelError("device = cuda: this process sees no NVIDIA GPU")
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = device or current_gpu()
         dispatcher = dispatcher_for(
             comms.all2all_backend,
             groups,
@@ -128,11 +162,13 @@ class CudaTransformer:
             combine_dtype=comms.combine_dtype,
         )
         functions = ops or kernel_ops()
+        replica = replica or OneRank(ops=functions)
         builder = Builder(
             source,
             placement,
-            groups.world,
+            groups,
             functions,
+            replica,
             float8=quantization == "fp8",
             sums_in_integers=comms.combine == "fixed",
             device=device,
@@ -155,32 +191,73 @@ class CudaTransformer:
             device=device,
             graphs=StepGraphs(device) if device.type == "cuda" and ops is None else None,
             exchange=exchange,
+            replica=replica,
         )
 
     @torch.inference_mode()
     def forward(
         self, batch: ForwardBatch, kv: KVCache, max_tokens: int | None = None
     ) -> Tensor | None:
-        """Logits [L, V] of the batch's `logit_rows`, fp32 on the device, valid until the next call.
+        """Logits [L, V] of the batch's `logit_rows`, fp32 on the device, valid until the next call; None on
+        ranks that do not lead their replica.
 
-        Writes the tokens' keys and values to `kv`, made by `new_cache`. Raises ValueError for token
-        ids outside the vocabulary, CommTimeout if a peer did not come in the pass before.
+        Writes the tokens' keys and values to `kv`, made by `new_cache`. With several ranks it is
+        collective: `max_tokens` is the most that any of them has (None: as many as here), and their
+        block tables are equally wide. Raises ValueError for token ids outside the vocabulary,
+        CommTimeout if a peer did not come.
         """
         batch.check_token_ids(self.config.vocab_size)  # here: the device would stop for good
-        if self.exchange is not None:
-            self.exchange.check()
-        if batch.num_tokens == 0:
-            return torch.zeros(0, self.config.vocab_size, device=self.device)
-        recording = any(moe.record is not None for moe in self.moe_layers)
-        if self.graphs is not None and not recording and self.graphs.fit(batch):
-            return self.graphs.run(batch, kv, self.compute)
-        inputs = StepInputs.of(batch, spare_slot(kv), self.device)
-        return self.compute(inputs, kv)
+        most = max(batch.num_tokens, max_tokens or 0 if self.exchange else 0)
+        if most == 0:
+            nothing = torch.zeros(0, self.config.vocab_size, device=self.device)
+            return nothing if self.tp.idx == 0 else None
+        is_gpu = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if is_gpu else nullcontext():
+            out = self._pass(batch, kv, padded(most))
+            if self.exchange is not None:
+                if is_gpu:  # nobody is told a token of a pass that failed
+                    torch.cuda.current_stream().synchronize()
+                self.replica.check()
+                self.exchange.check()
+        for moe, ids_TK in zip(self.moe_layers, out.choices, strict=True):
+            if moe.record is not None:
+                mine = max(0, batch.num_tokens - self.replica.idx * len(ids_TK))
+                moe.record.append(ids_TK[:mine])
+        return out.logits_LV[: len(batch.logit_rows)] if self.tp.idx == 0 else None
 
-    def compute(self, inputs: StepInputs, kv: KVCache) -> Tensor:
-        """One pass; static shapes, no host synchronisation: what a graph captures."""
+    def _pass(self, batch: ForwardBatch, kv: KVCache, num_rows: int) -> Outputs:
+        """The batch's own rows, or as a graph `num_rows` of them, which is what every rank expects."""
+        form = next(self.passes) % (self.exchange.forms if self.exchange else 1)
+        if self.graphs is not None and self.graphs.fit(batch, num_rows):
+            return self.graphs.run(batch, num_rows, form, kv, self.outputs)
+        inputs = StepInputs.of(batch, spare_slot(kv), self.device)
+        return self.outputs(inputs, kv, num_rows, form)
+
+    def outputs(self, inputs: StepInputs, kv: KVCache, num_rows: int, form: int) -> Outputs:
+        """`compute`, and what the gates chose meanwhile."""
+        before = [moe.record for moe in self.moe_layers]
+        choices: list[list[Tensor]] = [[] for _ in before]
+        for moe, chosen in zip(self.moe_layers, choices, strict=True):
+            moe.record = chosen
+        try:
+            logits_LV = self.compute(inputs, kv, num_rows, form)
+        finally:
+            for moe, record in zip(self.moe_layers, before, strict=True):
+                moe.record = record
+        return Outputs(logits_LV, [ids_TK for (ids_TK,) in choices])
+
+    def compute(
+        self, inputs: StepInputs, kv: KVCache, num_rows: int | None = None, form: int = 0
+    ) -> Tensor:
+        """One pass; static shapes, no host synchronisation: what a graph captures.
+
+        num_rows: of every rank, at least those of the inputs (None: as many). form: see `exchange`.
+        """
+        replica, size = self.replica, len(inputs.token_ids_T)
+        replica.expect(size)
         if self.exchange is not None:
-            self.exchange.expect(len(inputs.token_ids_T))
+            self.exchange.expect(replica.num_own(num_rows or size), form)
+        stream = replica.embed(inputs.token_ids_T, self.embedding)
         cos_LF, sin_LF = self.rotary
         step = Step(
             inputs=inputs,
@@ -188,49 +265,54 @@ class CudaTransformer:
             sin_LF=sin_LF,
             interleaved=self.config.rope.interleaved,
             plan=self.ops.plan(inputs, kv.block_size),
+            own_tokens=replica.own_tokens(inputs.num_tokens, len(stream.x_OH)),
         )
-        stream = Stream(F.embedding(inputs.token_ids_T, self.embedding))
         for layer, cache in zip(self.layers, kv.layers, strict=True):
             stream = layer.forward(stream, step, cache)
-        normed_LH, _ = stream.rows(inputs.logit_rows_L).normed(self.norm, self.ops)
-        return self.ops.linear(normed_LH, self.head).float()
+        if not len(inputs.logit_rows_L):
+            return torch.zeros(0, self.config.vocab_size, device=self.device)
+        return replica.logits(stream, self.norm, inputs.logit_rows_L, self.head)
 
     def new_cache(self, num_blocks: int, block_size: int) -> KVCache:
         """Of that many blocks, and one more that is the padding's."""
-        alone = Topology(num_nodes=1, ranks_per_node=1)
+        replica = Topology(num_nodes=1, ranks_per_node=self.tp.size)
         with self.device:
-            cache = KVCache(self.config, alone, num_blocks + 1, block_size, torch.bfloat16)
+            cache = KVCache(self.config, replica, num_blocks + 1, block_size, torch.bfloat16)
         cache.num_blocks = num_blocks
         return cache
 
     @torch.inference_mode()
     def capture(self, kv: KVCache, max_tokens: int) -> None:
-        """Make the graphs of steps of up to so many tokens of short sequences now, before they are due."""
-        if self.graphs is not None:
+        """Make the graphs of steps of up to so many tokens of short sequences now, before they are due.
+
+        Collective where there are several ranks.
+        """
+        if self.graphs is None:
+            return
+        with torch.cuda.device(self.device):
             for rows in ROWS[: bisect_left(ROWS, max_tokens) + 1]:
-                self.graphs.captured(rows, 1, kv, self.compute)
+                for form in range(self.exchange.forms if self.exchange else 1):
+                    self.graphs.captured(rows, 1, kv, self.outputs, form)
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of weights on this device: experts (routed), attention, and other."""
-        total = sum(table.nbytes for table in self.rotary)
-        total += tensor_bytes((self.embedding, self.norm))
-        total += 0 if self.head.w_OI is self.embedding else self.head.num_bytes
-        for layer in self.layers:
-            total += tensor_bytes((layer.attention, layer.attention_norm, layer.mlp_norm))
-            total += layer.mlp.num_bytes
-        attention = sum(tensor_bytes(layer.attention) for layer in self.layers)
-        experts = sum(moe.slots.num_bytes for moe in self.moe_layers)
-        return {"experts": experts, "attention": attention, "other": total - attention}
-
-    def expert_load(self) -> list[int]:
-        """(token, expert) pairs computed so far on this rank, by expert layer."""
-        return [int(moe.tokens_per_slot_S.sum()) for moe in self.moe_layers]
+    def close(self) -> None:
+        """There will be no other pass."""
+        if self.graphs is not None:
+            self.graphs.clear()  # NCCL waits for graphs that hold its kernels
+        if self.exchange is not None:
+            self.exchange.close()
 
     @cached_property
     def moe_layers(self) -> tuple[ExpertLayer, ...]:
         """The expert layers, in order."""
         mlps = [self.layers[idx].mlp for idx in self.config.moe_layers]
         return tuple(cast(ExpertLayer, mlp) for mlp in mlps)
+
+
+def current_gpu() -> torch.device:
+    """Raises UnsupportedModelError where there is none."""
+    if not torch.cuda.is_available():
+        raise UnsupportedModelError("device = cuda: this process sees no NVIDIA GPU")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def kernel_ops() -> Ops:

@@ -33,7 +33,9 @@ def no_measuring(monkeypatch):
     ("options", "message"),
     [
         ({"device": "tpu"}, "--device must be auto, cpu or cuda, got 'tpu'"),
-        ({"model_name": "gpt"}, "unknown preset 'gpt': choose from deepseek-v3"),
+        ({"model_names": "gpt"}, "unknown preset 'gpt': choose from deepseek-v3"),
+        ({"model_names": "mosaic,deepseek-v3"}, "--model: several only on a GPU with our kernels"),
+        ({"kernels": "cublas"}, "--kernels must be ours or library, got 'cublas'"),
         ({"out": "."}, "is a directory: name a file in it"),
         ({"out": "missing/here.json"}, "there is no directory"),
         ({"out": "no_json"}, "name it *.json"),
@@ -41,7 +43,7 @@ def no_measuring(monkeypatch):
 )
 def test_refused_in_one_line(options, message, tmp_path, capsys):
     out = tmp_path / options.pop("out", "here.json")
-    chosen = {"device": "cpu", "model_name": "mosaic", **options}
+    chosen = {"device": "cpu", "model_names": "mosaic", **options}
     assert calibrate_command(**chosen, quick=True, out=out) == 2
     error = capsys.readouterr().err
     assert message in error

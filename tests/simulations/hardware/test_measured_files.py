@@ -9,11 +9,15 @@ import pytest
 from simulations.hardware.calibration import NAMES, Calibration
 from simulations.hardware.fit import products
 
-MEASURED = [name for name in NAMES if name.endswith("-measured")]
-GPUS = {
-    "h100-measured": {"memory": 80 * 2**30, "bandwidth": 3.35e12},
-    "h200-measured": {"memory": 141 * 2**30, "bandwidth": 4.8e12},
+MEASURED = [name for name in NAMES if name.endswith(("-measured", "-ours"))]
+LIMITS = {
+    "h100": {"memory": 80 * 2**30, "bandwidth": 3.35e12},
+    "h200": {"memory": 141 * 2**30, "bandwidth": 4.8e12},
 }
+GPUS = {
+    name: LIMITS[name.partition("-")[0]] for name in MEASURED if name.partition("-")[0] in LIMITS
+}
+LEAST_SHARE = {"bfloat16": 0.4, "float8": 0.2}  # of the datasheet; scales by blocks take their time
 DENSE_FLOPS = {"bfloat16": 989e12, "float8": 1979e12}
 NVLINK = 450e9  # bytes/s each way
 
@@ -24,7 +28,7 @@ def test_nothing_beats_the_datasheet(name):
     assert 0.9 * limits["memory"] < known.memory_bytes <= limits["memory"]
     assert 0.5 * limits["bandwidth"] < known.memory_bandwidth < limits["bandwidth"]
     for dtype, most in DENSE_FLOPS.items():
-        assert 0.5 * most < known.peak_flops[dtype] < most
+        assert LEAST_SHARE[dtype] * most < known.peak_flops[dtype] < most
         for gemm, table in products(known.tables, dtype).items():
             rows = np.array(table.axes["tokens"])
             assert (rows * gemm.flop_per_row / table.values < most).all()
@@ -41,10 +45,12 @@ def test_attention_reads_its_cache(name):
     assert (pairs * 278_528 / table.values < DENSE_FLOPS["bfloat16"]).all()
 
 
-def test_the_link_of_two_gpus():
-    link = Calibration.named("h200-measured").links["node"]
-    assert 0.5 * NVLINK < link.beta < NVLINK
-    assert 1e-6 < link.alpha_s < 1e-4
+@pytest.mark.parametrize("name", [name for name in GPUS if name.startswith("h200")])
+def test_the_links_of_two_gpus(name):
+    known = Calibration.named(name)
+    for links in (known.links, known.dispatch, known.combine):
+        assert 0.25 * NVLINK < links["node"].beta < NVLINK
+        assert 1e-6 < links["node"].alpha_s < 1e-4
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -1,0 +1,163 @@
+# ruff: noqa: ANN001, ANN201, ANN202  (what Triton compiles has no Python types)
+"""How a group of warps multiplies: 64 rows with two blocks of weights, stage after stage of the ring.
+
+FP8: what the tensor cores sum over 128 channels is added to fp32 with the scales (gate_up.py). While a
+group does that the tensor cores should work for the other one. Left alone both issue their products at
+the same time, get them at the same time, and then both add while the tensor cores stand still; so they
+take turns to issue.
+
+Two blocks of 64 are one product of 128 features, which is cut in two at the end.
+
+Legend: C channels, which are contracted.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from experts.kernels.hopper import HALF, assembly
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def sums_of_float8(  # type: ignore[no-untyped-def]
+    ring, step, first_at, second_at, row_at, row_stride, here, PART: gl.constexpr,
+    C: gl.constexpr, FEATURES: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr,
+    TURNS: gl.constexpr,
+):  # fmt: skip
+    """(sums of the first weights, of the second, next step) of a tile; scales lie at the pointers.
+
+    Scales of the next step are read one step early: they would be waited for otherwise.
+    """
+    rows, weights, full, empty = ring
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    nothing = gl.zeros([HALF, 128], gl.float32, layout)
+    first = gl.zeros([HALF, 128], gl.float32, layout)
+    second = gl.zeros([HALF, 128], gl.float32, layout)
+    is_first = gl.arange(0, 128, gl.SliceLayout(0, layout)) < FEATURES
+    first_scale = gl.load(first_at)
+    second_scale = gl.load(second_at)
+    row_scale = gl.load(row_at, mask=here, other=0.0)
+    for k in range(C // 128):
+        ahead = gl.minimum(k + 1, C // 128 - 1)
+        next_first_scale = gl.load(first_at + ahead)
+        next_second_scale = gl.load(second_at + ahead)
+        next_row_scale = gl.load(row_at + ahead.to(gl.int64) * row_stride, mask=here, other=0.0)
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        if GATHERED:
+            fence_async_shared()  # the tensor cores read what threads have copied
+        mine = rows.index(stage).slice(PART * HALF, HALF, 0)
+        both = weights.index(stage)
+        sums = _issue(mine, both.slice(0, 128, 0), nothing, PART, TURNS)
+        if FEATURES == 128:
+            first += sums * gl.expand_dims(row_scale * first_scale, 1)
+            sums = _issue(mine, both.slice(128, 128, 0), nothing, PART, TURNS)
+            mbarrier.arrive(empty.index(stage), count=1)
+            second += sums * gl.expand_dims(row_scale * second_scale, 1)
+        else:
+            mbarrier.arrive(empty.index(stage), count=1)
+            scale = gl.expand_dims(gl.where(is_first, first_scale, second_scale), 0)
+            first += sums * (gl.expand_dims(row_scale, 1) * scale)
+        first_scale = next_first_scale
+        second_scale = next_second_scale
+        row_scale = next_row_scale
+        step += 1
+    if FEATURES == 128:
+        return first, second, step
+    else:  # noqa: RET505  (Triton wants one of two returns to be chosen)
+        left, right = _cut(first, 32)
+        return left, right, step
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _issue(rows, weights, nothing, PART: gl.constexpr, TURNS: gl.constexpr):  # type: ignore[no-untyped-def]
+    if TURNS:
+        take_turn(PART)
+    sums = warpgroup_mma(rows, weights.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if TURNS:
+        pass_turn(PART)
+    return warpgroup_mma_wait(0, deps=(sums,))
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def take_turn(PART: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Until the other group has passed it: 128 of the barrier's 256 threads wait, 128 arrive."""
+    if PART == 0:
+        assembly("bar.sync 14, 256; // $0")
+    else:
+        assembly("bar.sync 15, 256; // $0")
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def pass_turn(PART: gl.constexpr):  # type: ignore[no-untyped-def]
+    if PART == 0:
+        assembly("bar.arrive 15, 256; // $0")
+    else:
+        assembly("bar.arrive 14, 256; // $0")
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def pass_over(  # type: ignore[no-untyped-def]
+    ring, step, steps: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr
+):
+    """The next step after a tile that has no rows for this group."""
+    _rows, _weights, full, empty = ring
+    for _k in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        if TURNS:
+            for _both in gl.static_range(2):
+                take_turn(PART)
+                pass_turn(PART)
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    return step
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _cut(both, depth: gl.constexpr):  # type: ignore[no-untyped-def]
+    """[64, 128] as two of [64, 64]; no value leaves its thread."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, depth])
+    left, right = both.reshape([HALF, 2, 64]).permute((0, 2, 1)).split()
+    return gl.convert_layout(left, layout), gl.convert_layout(right, layout)
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def sums_of_bfloat16(  # type: ignore[no-untyped-def]
+    ring, step, PART: gl.constexpr, C: gl.constexpr, FEATURES: gl.constexpr, STAGES: gl.constexpr,
+    GATHERED: gl.constexpr,
+):  # fmt: skip
+    """(sums of the first weights, of the second, next step) of a tile."""
+    rows, weights, full, empty = ring
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    first = gl.zeros([HALF, 128], gl.float32, layout)
+    second = gl.zeros([HALF, 128], gl.float32, layout)
+    for _k in range(C // 64):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        if GATHERED:
+            fence_async_shared()  # the tensor cores read what threads have copied
+        mine = rows.index(stage).slice(PART * HALF, HALF, 0)
+        both = weights.index(stage)
+        sums = warpgroup_mma(mine, both.slice(0, 128, 0).permute((1, 0)), first, is_async=True)
+        if FEATURES == 128:
+            more = warpgroup_mma(
+                mine, both.slice(128, 128, 0).permute((1, 0)), second, is_async=True
+            )
+            first, second = warpgroup_mma_wait(0, deps=(sums, more))
+        else:
+            first = warpgroup_mma_wait(0, deps=(sums,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    if FEATURES == 128:
+        return first, second, step
+    else:  # noqa: RET505  (Triton wants one of two returns to be chosen)
+        left, right = _cut(first, 16)
+        return left, right, step
