@@ -13,12 +13,10 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With `--dist loadgroup` one worker runs all tests of two GPUs, and the others wait for nobody."""
-    for item in items:
-        if "both_gpus" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("both_gpus"))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of two GPUs first: they go one by one, and others can run beside them."""
+    if torch.cuda.is_available():
+        items.sort(key=lambda item: "both_gpus" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture
