@@ -11,7 +11,7 @@ from comms.meeting import meet
 from comms.nccl import NcclRail
 from comms.nodes import NodesDispatcher
 from comms.rail_watch import Progress, RailWatch
-from comms.store import PrefixStore, Store
+from comms.store import PrefixStore, Store, patience
 from comms.symmetric import SymmetricDispatcher
 from comms.symmetric_layout import SymmetricLayout
 from comms.symmetric_memory import SymmetricMemory
@@ -90,10 +90,12 @@ def _shared_memory(
     of_node = _of_node(layout, topology)
     memory, reason = None, ""
     try:
-        memory = SymmetricMemory.connect(
-            PrefixStore(f"node{node}", store), local_rank, topology.ranks_per_node,
-            of_node.num_bytes, device,
-        )  # fmt: skip
+        # Who cannot share does not come: the others learn it while they are still waited for below.
+        with patience(store, timeout_s / 2):
+            memory = SymmetricMemory.connect(
+                PrefixStore(f"node{node}", store), local_rank, topology.ranks_per_node,
+                of_node.num_bytes, device,
+            )  # fmt: skip
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
     ranks = range(topology.world_size)

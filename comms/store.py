@@ -5,6 +5,8 @@ moment at which another process can take the port.
 """
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 from torch.distributed import (  # type: ignore[attr-defined]  # public, but not listed in __all__
@@ -13,7 +15,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, but not
     TCPStore,
 )
 
-__all__ = ["PrefixStore", "Store", "TCPStore", "connect_store", "host_store"]
+__all__ = ["PrefixStore", "Store", "TCPStore", "connect_store", "host_store", "patience"]
 
 _BACKLOG = 1024  # every rank of a cluster may connect at once
 
@@ -47,3 +49,14 @@ def connect_store(address: str, timeout_s: float = 60.0) -> TCPStore:
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_s),
     )
+
+
+@contextmanager
+def patience(store: Store, timeout_s: float) -> Iterator[None]:
+    """Inside the block, whoever waits on the store without a deadline of its own waits so long."""
+    before = store.timeout  # type: ignore[attr-defined,unused-ignore]
+    store.set_timeout(timedelta(seconds=timeout_s))
+    try:
+        yield
+    finally:
+        store.set_timeout(before)

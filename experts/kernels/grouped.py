@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def gate_up_rows(
         H=experts.hidden, I=intermediate, K=pairs.num_topk, SLOTS=_slots(experts),
         X8=x_scale is not None, W8=experts.is_float8,
         ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
-        num_warps=tiles.warps, num_stages=tiles.stages, **early(x_RH.device),
+        num_warps=tiles.warps, num_stages=tiles.stages, **_early(x_scale),
     )  # fmt: skip
     return Hidden(h_PI=h_PI, scale_BP=scale_BP)
 
@@ -121,9 +122,15 @@ def down_rows(hidden: Hidden, pairs: SortedPairs, experts: DeviceExperts, tiles:
         H=experts.hidden, I=experts.intermediate, SLOTS=_slots(experts),
         X8=scale_BP is not None, W8=experts.is_float8,
         ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
-        num_warps=tiles.warps, num_stages=tiles.stages, **early(h_PI.device),
+        num_warps=tiles.warps, num_stages=tiles.stages, **_early(scale_BP),
     )  # fmt: skip
     return y_PH
+
+
+def _early(scale: Tensor | None) -> dict[str, Any]:
+    """In BF16 these kernels start after the one before: early, four experts of DeepSeek-V3 with few rows
+    take 129 us instead of 98 on an H200."""
+    return {"EARLY": False} if scale is None else early(scale.device)
 
 
 def _programs(pairs: SortedPairs, experts: DeviceExperts, blocks: int, tiles: Tiles) -> int:

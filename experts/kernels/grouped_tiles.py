@@ -44,13 +44,12 @@ def tiles_for(experts: DeviceExperts, num_pairs: int, *, quantized: bool) -> tup
     if not hopper or first != 128 or experts.hidden % 256:
         return gate_up, down
     most = Tiles(rows=128, features=128, depth=depth, warps=4, stages=4, specialised=True)
-    few = replace(most, rows=64, stages=5)
-    spread = replace(few, features=64, stages=8)
+    spread = replace(most, rows=64, features=64, stages=8)
     crowd = min(num_pairs, experts.num_slots) * (experts.intermediate // 128)
     if crowd <= FEW_TILES and rows <= 1:
         return spread, replace(spread, stages=6)
     if float8 and rows <= 64:
-        return spread if crowd <= FEW_TILES else few, down
+        return spread, down
     if float8 and rows <= 128 and crowd <= FEW_TILES:
         return replace(most, features=64, stages=6), most
     return (most, most) if rows > 64 else (gate_up, down)
