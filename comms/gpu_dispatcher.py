@@ -88,7 +88,8 @@ def _shared_memory(
     """My node's, if every node has it: all ranks must take the same way."""
     node, local_rank = topology.node_of(rank), topology.local_rank_of(rank)
     of_node = _of_node(layout, topology)
-    memory, reason = None, ""
+    memory, reason, ranks = None, "", range(topology.world_size)
+    meet(store, rank, ranks, name="before shared memory", timeout_s=timeout_s)
     try:
         # Who cannot share does not come: the others learn it while they are still waited for below.
         with patience(store, timeout_s / 2):
@@ -98,7 +99,6 @@ def _shared_memory(
             )  # fmt: skip
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-    ranks = range(topology.world_size)
     words = meet(store, rank, ranks, reason, name="shared memory", timeout_s=timeout_s)
     reasons = [(member, word) for member, word in zip(ranks, words, strict=True) if word]
     if not reasons:
