@@ -1,7 +1,7 @@
 """The experts of one layer on the device: a pool of buffers, and which of them each slot reads.
 
 Two slots with one expert share its buffer. To change the expert of a slot is to write one number
-between two steps; weights that are new here are first written to a buffer that no slot reads.
+between two steps; weights that are new here are then copied to a buffer that no slot reads any more.
 
 Legend: S slots, B buffers, H hidden, I intermediate, N = 2I.
 """
