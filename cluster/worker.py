@@ -75,8 +75,9 @@ class Worker:
     def load(self, store_address: str, host: str, gpus: Sequence[str] = ()) -> dict[str, Any]:
         """Connect to the other ranks from our address `host`; load this rank's share of the model.
 
-        gpus: of all ranks on this host, ours first. Returns {"rank", "memory": bytes by kind, "mailbox": the leader's address or None,
-        "placement": of the experts on all ranks, from rank 0; None from the others}.
+        gpus: of all ranks on this host, ours first. Returns {"rank", "memory": bytes by kind, "mailbox":
+        the leader's address or None, "placement": of the experts on all ranks, from rank 0; None from
+        the others}.
         """
         if gpus:
             see_gpus(gpus)

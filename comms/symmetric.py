@@ -142,20 +142,13 @@ class SymmetricDispatcher:
         the latter for combine "fixed". T <= N. `waits`: the same kernel waits for the others' rows.
         """
         self.check()
-        buffer, num_rows = self.turn % BUFFERS, self.num_rows
+        num_rows = self.num_rows
         check_arguments(self.layout, num_rows, x_TH, slots_TK, weights_TK, range_T)
-        self.turn += 1
-        handle = SymmetricHandle(
-            buffer=buffer,
-            num_rows=num_rows,
-            slots_TK=slots_TK,
-            range_T=range_T,
-            received=self._received(buffer, num_rows),
-        )
+        handle = self._next(slots_TK, range_T)
         tile = self.tiles.dispatch(num_rows)
         dispatch_rows[(tile.programs,)](
             x_TH, slots_TK, weights_TK, weights_TK if range_T is None else range_T,
-            self._tables[buffer], self._state[0, buffer], self.report.failed,
+            self._tables[handle.buffer], self._state[0, handle.buffer], self.report.failed,
             self.report.lines[0], len(x_TH), num_rows, self.rank, self.report.deadline_ns,
             SLOTS_PER_RANK=self.layout.slots_per_rank,
             FLOAT8=self.layout.dispatch_dtype == "float8", RANGED=self.layout.combine == "fixed",
@@ -194,21 +187,13 @@ class SymmetricDispatcher:
         layout, record = self.layout, RailRecord(self.layout)
         shape, num_rows = (self.num_rows, layout.num_topk), self.num_rows
         check_tensor("records", records, (torch.int32,), (num_rows, record.words))
-        buffer = self.turn % BUFFERS
-        self.turn += 1
         slots_VK = torch.empty(shape, dtype=torch.int32, device=records.device)
-        handle = SymmetricHandle(
-            buffer=buffer,
-            num_rows=num_rows,
-            slots_TK=slots_VK,
-            range_T=None,
-            received=self._received(buffer, num_rows),
-        )
+        handle = self._next(slots_VK)
         tile = self.tiles.dispatch(num_rows)
         forward_rows[(tile.programs,)](
-            slots_VK, records, slots_VK if arrived_M is None else arrived_M, self._tables[buffer],
-            self._state[0, buffer], self.report.failed, self.report.lines[0], *told, num_rows,
-            rows_of_source, node, self.rank, self.report.deadline_ns,
+            slots_VK, records, slots_VK if arrived_M is None else arrived_M,
+            self._tables[handle.buffer], self._state[0, handle.buffer], self.report.failed,
+            self.report.lines[0], *told, num_rows, rows_of_source, node, self.rank, self.report.deadline_ns,
             SLOTS_PER_RANK=layout.slots_per_rank, PADDED_WORDS=tile.channels * layout.row_dtype.itemsize // 4,
             RECORD=record.words, SCALES_AT=record.scales_at, SLOTS_AT=record.slots_at,
             FLOAT8=layout.dispatch_dtype == "float8", RANGED=layout.combine == "fixed",
@@ -265,6 +250,18 @@ class SymmetricDispatcher:
         offsets = self.layout.offsets(buffer)
         rows = [[address + offset for address in self.memory.addresses] for offset in offsets]
         return torch.tensor(rows, dtype=torch.int64, device=self.memory.device)
+
+    def _next(self, slots_TK: Tensor, range_T: Tensor | None = None) -> SymmetricHandle:
+        """Of a dispatch that begins, which takes the other buffers than the one before."""
+        buffer = self.turn % BUFFERS
+        self.turn += 1
+        return SymmetricHandle(
+            buffer=buffer,
+            num_rows=self.num_rows,
+            slots_TK=slots_TK,
+            range_T=range_T,
+            received=self._received(buffer, self.num_rows),
+        )
 
     def _received(self, buffer: int, num_rows: int) -> Received:
         layout = self.layout

@@ -22,13 +22,14 @@ Rules, or results are wrong now and then:
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from experts.kernels.which_gpu import is_hopper_or_newer
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -47,9 +48,4 @@ def let_next_start(EARLY: tl.constexpr) -> None:
 
 def early(device: torch.device) -> dict[str, Any]:
     """Keyword arguments of a launch: early where the GPU can, else after the kernel before, as ever."""
-    return {"EARLY": True, "launch_pdl": True} if _can(device) else {"EARLY": False}
-
-
-@cache
-def _can(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if is_hopper_or_newer(device) else {"EARLY": False}

@@ -6,12 +6,10 @@ With 4, 9 and 32 experts of DeepSeek-V3's sizes, and 64 of DeepSeek-V2-Lite's.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
-
-import torch
 
 from experts.kernels.tiles import Tiles
 from experts.kernels.types import DeviceExperts
+from experts.kernels.which_gpu import is_hopper
 
 MANY_TILES = 528
 """Tiles of the second product from which three programs to a multiprocessor pay: four for each."""
@@ -27,7 +25,7 @@ def tiles_for(experts: DeviceExperts, num_pairs: int, *, quantized: bool) -> tup
     if float8 and not quantized:
         both = Tiles(rows=64, features=128, depth=depth, warps=8, stages=3)
         return both, both
-    hopper = _is_hopper(experts.buffer_S.device)
+    hopper = is_hopper(experts.buffer_S.device)
     first = 128 if experts.intermediate % 128 == 0 else 64
     second = 128 if experts.hidden % 128 == 0 else 64
     deep = 5 if hopper and not float8 else 4  # as many as its shared memory holds
@@ -53,8 +51,3 @@ def tiles_for(experts: DeviceExperts, num_pairs: int, *, quantized: bool) -> tup
     if float8 and rows <= 128 and crowd <= FEW_TILES:
         return replace(most, features=64, stages=6), most
     return (most, most) if rows > 64 else (gate_up, down)
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

@@ -15,8 +15,6 @@ Legend: T tokens, O output and I input channels, N independent products, B block
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 from torch import Tensor
@@ -25,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from experts.kernels.counters import counters
 from experts.kernels.early import early
-from experts.kernels.linear_few import OUTPUTS, TOKENS, has_wgmma, linear_few
+from experts.kernels.linear_few import OUTPUTS, TOKENS, linear_few
 from experts.kernels.linear_kernels import by_descriptors, by_pointers
 from experts.kernels.linear_tiles import (
     MULTIPROCESSORS,
@@ -36,6 +34,7 @@ from experts.kernels.linear_tiles import (
 )
 from experts.kernels.quantize import quantize
 from experts.kernels.types import BLOCK, QuantizedRows
+from experts.kernels.which_gpu import is_hopper, is_hopper_or_newer
 
 
 def linear(
@@ -125,7 +124,8 @@ def _product(
         )
     if num_tokens == 0:
         return
-    hopper = _is_hopper(x_TNI.device)
+    # Triton's interpreter, on a CPU, counts as one.
+    hopper = x_TNI.device.type != "cuda" or is_hopper_or_newer(x_TNI.device)
     tiles = tiles_for(num, num_tokens, outputs, inputs, w_NOI.dtype, hopper=hopper)
     describable = hopper and num == 1 and not tiles.by_pointers
     part = part_channels(num, outputs, inputs, w_NOI.dtype)
@@ -163,19 +163,13 @@ def _is_for_few(w_NOI: Tensor, num_tokens: int) -> bool:
         num_tokens <= TOKENS
         and num * triton.cdiv(outputs, OUTPUTS) <= MULTIPROCESSORS
         and (num > 1 or w_NOI.dtype == torch.float8_e4m3fn)
-        and has_wgmma(w_NOI.device)
+        and is_hopper(w_NOI.device)
     )
 
 
 def _is_spread(num_parts: int, programs: int) -> bool:
     """Whether each part has a program of its own."""
     return num_parts > 1 and programs * num_parts <= 2 * MULTIPROCESSORS
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    """Or newer; Triton's interpreter, on a CPU, counts as one."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _described(x_T1I: Tensor, w_1OI: Tensor, out_T1O: Tensor, tiles: Tiles) -> bool:

@@ -5,8 +5,6 @@ Legend: T tokens, O output and I input channels, N independent products.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -23,12 +21,6 @@ STAGE_BYTES = 110 * 1024
 
 _DEPTHS = (256, 128, 64)
 """Channels of a tile, bf16: the more, the less often the tensor cores are waited for."""
-
-
-@cache
-def has_wgmma(device: torch.device) -> bool:
-    """Hopper, and neither older nor newer GPUs."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def linear_few(
