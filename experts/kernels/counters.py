@@ -1,5 +1,5 @@
 """Counters by which the last program of a tile knows that it is the last, and places where programs tell
-each other something (hopper_quantize.py). Zero before and after a kernel.
+each other something (hopper_words.py). Zero before and after a kernel.
 
 Work of one stream is in order and may share them; two streams may not, so each has its own.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MOST_COUNTERS = 36 * 1024
+MOST_COUNTERS = 48 * 1024
 _MOST_STREAMS = 64
 
 _pools: dict[torch.device, Tensor] = {}

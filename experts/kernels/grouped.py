@@ -9,27 +9,18 @@ Legend: R rows, P = R * K places, H hidden, I intermediate, B buffers or blocks 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from experts.kernels.counters import counters
 from experts.kernels.down import down
 from experts.kernels.early import early
 from experts.kernels.gate_up import gate_up
-from experts.kernels.grouped_tiles import tiles_for
-from experts.kernels.hopper_down import hopper_down
-from experts.kernels.hopper_gate_up import hopper_gate_up
-from experts.kernels.tiles import Tiles, most_tiles
+from experts.kernels.grouped_hopper import hopper_rows, hopper_tiles
+from experts.kernels.tiles import Tiles, most_tiles, slots_entries
 from experts.kernels.types import BLOCK, DeviceExperts, QuantizedRows, SortedPairs
-
-SLOTS = 32
-"""Slots that a program looks through at least: kernels are compiled for powers of 2 from here."""
+from experts.kernels.which_gpu import multiprocessors
 
 
 def expert_ffn(
@@ -52,7 +43,10 @@ def expert_ffn(
     if not pairs.pair_P.shape[0]:
         return torch.empty(0, experts.hidden, device=pairs.pair_P.device, dtype=torch.bfloat16)
     num_pairs = pairs.pair_P.shape[0] if expected_pairs is None else expected_pairs
-    first, second = tiles_for(experts, num_pairs, quantized=isinstance(x, QuantizedRows))
+    quantized = isinstance(x, QuantizedRows)
+    if tiles := hopper_tiles(experts, num_pairs, quantized=quantized):
+        return hopper_rows(x, pairs, experts, tiles)
+    first, second = plain_tiles(experts, quantized=quantized)
     return down_rows(gate_up_rows(x, pairs, experts, first), pairs, experts, second)
 
 
@@ -62,6 +56,30 @@ class Hidden:
 
     h_PI: Tensor
     scale_BP: Tensor | None
+
+
+MANY_TILES = 528
+"""Tiles of the second product from which three programs to a multiprocessor pay: four for each."""
+
+
+def plain_tiles(experts: DeviceExperts, *, quantized: bool) -> tuple[Tiles, Tiles]:
+    """Of both products, for any GPU."""
+    depth = 128 if experts.is_float8 else 64
+    if experts.is_float8 and not quantized:
+        both = Tiles(rows=64, features=128, depth=depth, warps=8, stages=3)
+        return both, both
+    first = 128 if experts.intermediate % 128 == 0 else 64
+    second = 128 if experts.hidden % 128 == 0 else 64
+    gate_up = Tiles(rows=64, features=first, depth=depth, warps=8, stages=4)
+    crowded = experts.num_slots * (experts.hidden // second) > MANY_TILES
+    down = Tiles(
+        rows=64,
+        features=second,
+        depth=depth,
+        stages=3 if crowded else 4,
+        programs=3 if crowded else 2,
+    )
+    return gate_up, down
 
 
 def gate_up_rows(
@@ -74,28 +92,13 @@ def gate_up_rows(
     scale_BP = None
     if x_scale is not None:
         scale_BP = torch.empty(intermediate // BLOCK, num_places, device=x_RH.device)
-    if tiles.specialised:
-        grid = _programs(pairs, experts, intermediate // tiles.features, tiles)
-        told = None
-        if x_scale is not None and tiles.features < BLOCK:
-            grid -= grid % 2  # neighbours work together
-            told = counters(x_RH.device, 2 * grid * tiles.rows)
-        hopper_gate_up[(grid,)](
-            x_RH, x_scale, _shared_descriptor(experts.w13_BNH, tiles.features, tiles),
-            experts.w13_scale, experts.buffer_S, pairs.ends_S, pairs.pair_P, h_PI, scale_BP, told,
-            num_places, experts.num_slots,
-            H=experts.hidden, I=intermediate, K=pairs.num_topk, SLOTS=_slots(experts),
-            X8=x_scale is not None, ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
-            STAGES=tiles.stages, num_warps=tiles.warps, **early(x_RH.device),
-        )  # fmt: skip
-        return Hidden(h_PI=h_PI, scale_BP=scale_BP)
     gate_up[(_programs(pairs, experts, intermediate // tiles.features, tiles),)](
         x_RH, x_scale, _descriptor(experts.w13_BNH, x_scale, tiles), experts.w13_scale,
         experts.buffer_S, pairs.ends_S, pairs.pair_P, h_PI, scale_BP, num_places, experts.num_slots,
-        H=experts.hidden, I=intermediate, K=pairs.num_topk, SLOTS=_slots(experts),
+        H=experts.hidden, I=intermediate, K=pairs.num_topk, SLOTS=slots_entries(experts.num_slots),
         X8=x_scale is not None, W8=experts.is_float8,
         ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
-        num_warps=tiles.warps, num_stages=tiles.stages, **_early(x_scale),
+        num_warps=tiles.warps, num_stages=tiles.stages, **early(x_RH.device),
     )  # fmt: skip
     return Hidden(h_PI=h_PI, scale_BP=scale_BP)
 
@@ -105,38 +108,22 @@ def down_rows(hidden: Hidden, pairs: SortedPairs, experts: DeviceExperts, tiles:
     h_PI, scale_BP = hidden.h_PI, hidden.scale_BP
     num_places = pairs.pair_P.shape[0]
     y_PH = torch.empty(num_places, experts.hidden, device=h_PI.device, dtype=torch.bfloat16)
-    if tiles.specialised:
-        hopper_down[(_programs(pairs, experts, experts.hidden // (2 * tiles.features), tiles),)](
-            _shared_descriptor(h_PI, tiles.rows, tiles), scale_BP,
-            _shared_descriptor(experts.w2_BHI, tiles.features, tiles), experts.w2_scale,
-            experts.buffer_S, pairs.ends_S, y_PH, num_places, experts.num_slots,
-            H=experts.hidden, I=experts.intermediate, SLOTS=_slots(experts),
-            X8=scale_BP is not None, ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
-            STAGES=tiles.stages, num_warps=tiles.warps, **early(h_PI.device),
-        )  # fmt: skip
-        return y_PH
     down[(_programs(pairs, experts, experts.hidden // tiles.features, tiles),)](
         TensorDescriptor.from_tensor(h_PI, [tiles.rows, tiles.depth]), scale_BP,
         _descriptor(experts.w2_BHI, scale_BP, tiles), experts.w2_scale,
         experts.buffer_S, pairs.ends_S, y_PH, num_places, experts.num_slots,
-        H=experts.hidden, I=experts.intermediate, SLOTS=_slots(experts),
+        H=experts.hidden, I=experts.intermediate, SLOTS=slots_entries(experts.num_slots),
         X8=scale_BP is not None, W8=experts.is_float8,
         ROWS=tiles.rows, FEATURES=tiles.features, DEPTH=tiles.depth,
-        num_warps=tiles.warps, num_stages=tiles.stages, **_early(scale_BP),
+        num_warps=tiles.warps, num_stages=tiles.stages, **early(h_PI.device),
     )  # fmt: skip
     return y_PH
-
-
-def _early(scale: Tensor | None) -> dict[str, Any]:
-    """In BF16 these kernels start after the one before: early, four experts of DeepSeek-V3 with few rows
-    take 129 us instead of 98 on an H200."""
-    return {"EARLY": False} if scale is None else early(scale.device)
 
 
 def _programs(pairs: SortedPairs, experts: DeviceExperts, blocks: int, tiles: Tiles) -> int:
     """At most as many as the GPU runs at once: they take the tiles in turns."""
     needed = most_tiles(pairs.pair_P.shape[0], experts.num_slots, tiles)
-    return min(needed * blocks, tiles.programs * _multiprocessors(experts.buffer_S.device))
+    return min(needed * blocks, tiles.programs * multiprocessors(experts.buffer_S.device))
 
 
 def _descriptor(weights: Tensor, scale: Tensor | None, tiles: Tiles) -> TensorDescriptor:
@@ -145,24 +132,6 @@ def _descriptor(weights: Tensor, scale: Tensor | None, tiles: Tiles) -> TensorDe
     if rows.dtype == torch.float8_e4m3fn and scale is None:
         rows = rows.view(torch.uint8)
     return TensorDescriptor.from_tensor(rows, [tiles.features, tiles.depth])
-
-
-def _shared_descriptor(matrix: Tensor, rows: int, tiles: Tiles) -> HopperDescriptor:
-    """Of so many rows or features and 128 bytes of channels."""
-    layout = gl.NVMMASharedLayout(128, 8 * matrix.element_size(), 2)
-    return HopperDescriptor.from_tensor(matrix.flatten(0, -2), [rows, tiles.depth], layout)
-
-
-def _slots(experts: DeviceExperts) -> int:
-    return max(SLOTS, 1 << (experts.num_slots - 1).bit_length())
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # Triton's interpreter
-    number: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return number
 
 
 def _check(x: Tensor | QuantizedRows, experts: DeviceExperts) -> None:

@@ -18,7 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 HALF: gl.constexpr = gl.constexpr(64)
 """Rows of a group that multiplies: what one tensor core instruction takes."""
 
-# Triton 3.9 has renamed both.
+# Triton 3.9 has renamed these.
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
@@ -28,17 +29,23 @@ def make_ring(  # type: ignore[no-untyped-def]
     dtype: gl.constexpr, arrivals: gl.constexpr, ROWS: gl.constexpr, FEATURES: gl.constexpr,
     DEPTH: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """(rows, weights, full, empty); a stage has two blocks of weights, and is full after so many arrivals."""
+    """(rows, their scales, weights, full, empty), each for all stages.
+
+    A stage has two blocks of weights, and is full after so many arrivals.
+    """
     layout: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 2)
     rows = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DEPTH], layout)
     weights = gl.allocate_shared_memory(dtype, [STAGES, 2 * FEATURES, DEPTH], layout)
+    scales = gl.allocate_shared_memory(
+        gl.float32, [STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=arrivals)
         mbarrier.init(empty.index(i), count=ROWS // HALF)
     fence_async_shared()
-    return rows, weights, full, empty
+    return rows, scales, weights, full, empty
 
 
 @gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -54,7 +61,7 @@ def copy_weights(  # type: ignore[no-untyped-def]
     wanted,
 ):
     """Both blocks of a stage, which gets so many bytes in all, if `wanted`."""
-    _rows, weights, full, _empty = ring
+    _rows, _scales, weights, full, _empty = ring
     barrier = full.index(stage)
     mbarrier.expect(barrier, num_bytes, pred=wanted)
     both = weights.index(stage)
@@ -114,17 +121,40 @@ def all_slots(ends, buffers, num_slots, SLOTS: gl.constexpr, ROWS: gl.constexpr)
 
 
 @gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
-def tile_of(  # type: ignore[no-untyped-def]
-    work, begin, end, buffer, tiles, until, num_blocks: gl.constexpr, ROWS: gl.constexpr
-):
-    """As experts/kernels/tiles.py has it."""
+def tile_of(work, slots, num_blocks: gl.constexpr, ROWS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """(number of the tile of rows, buffer, block, first place, end): as experts/kernels/tiles.py has it."""
+    begin, end, buffer, tiles, until = slots
     mine = (until * num_blocks > work) & ((until - tiles) * num_blocks <= work)
     tiles_here = gl.maximum(gl.sum(gl.where(mine, tiles, 0), 0), 1)
-    inside = work - gl.sum(gl.where(mine, until - tiles, 0), 0) * num_blocks
-    first = gl.sum(gl.where(mine, begin, 0), 0) + inside % tiles_here * ROWS
+    before = gl.sum(gl.where(mine, until - tiles, 0), 0)
+    inside = work - before * num_blocks
+    tile = inside % tiles_here
     return (
+        before + tile,
         gl.sum(gl.where(mine, buffer, 0), 0),
         inside // tiles_here,
-        first,
+        gl.sum(gl.where(mine, begin, 0), 0) + tile * ROWS,
         gl.sum(gl.where(mine, end, 0), 0),
     )
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def start_after(num_works):  # type: ignore[no-untyped-def]
+    """Programs take pieces of work in turns: which of those after the first so many is this one's first."""
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    taken = gl.maximum(num_works - program + programs - 1, 0) // programs
+    return program + taken * programs - num_works
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def store_rows(to, values, first, end, column, WIDTH: gl.constexpr):  # type: ignore[no-untyped-def]
+    """A group's values [64, N] as rows `first` on of a matrix of WIDTH columns, from `column` on.
+
+    Those from `end` on are not stored.
+    """
+    each: gl.constexpr = 128 // values.dtype.primitive_bitwidth
+    wide: gl.constexpr = gl.BlockedLayout([1, each], [each // 2, 64 // each], [4, 1], [1, 0])
+    row = first + gl.arange(0, HALF, gl.SliceLayout(1, wide))
+    columns = column + gl.arange(0, values.shape[1], gl.SliceLayout(0, wide))
+    at = gl.expand_dims(row.to(gl.int64) * WIDTH, 1) + gl.expand_dims(columns, 0)
+    gl.store(to + at, gl.convert_layout(values, wide), mask=gl.expand_dims(row < end, 1))

@@ -27,15 +27,14 @@ from experts.kernels.hopper import HALF, assembly
 
 @gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
 def sums_of_float8(  # type: ignore[no-untyped-def]
-    ring, step, first_at, second_at, row_at, row_stride, here, PART: gl.constexpr,
-    C: gl.constexpr, FEATURES: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr,
-    TURNS: gl.constexpr,
+    ring, step, first_at, second_at, PART: gl.constexpr, C: gl.constexpr, FEATURES: gl.constexpr,
+    STAGES: gl.constexpr, GATHERED: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """(sums of the first weights, of the second, next step) of a tile; scales lie at the pointers.
+    """(sums of the first weights, of the second, next step) of a tile; weights' scales lie at the pointers.
 
-    Scales of the next step are read one step early: they would be waited for otherwise.
+    Those of the next step are read one step early: they would be waited for otherwise.
     """
-    rows, weights, full, empty = ring
+    rows, scales, weights, full, empty = ring
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     nothing = gl.zeros([HALF, 128], gl.float32, layout)
     first = gl.zeros([HALF, 128], gl.float32, layout)
@@ -43,22 +42,24 @@ def sums_of_float8(  # type: ignore[no-untyped-def]
     is_first = gl.arange(0, 128, gl.SliceLayout(0, layout)) < FEATURES
     first_scale = gl.load(first_at)
     second_scale = gl.load(second_at)
-    row_scale = gl.load(row_at, mask=here, other=0.0)
     for k in range(C // 128):
-        ahead = gl.minimum(k + 1, C // 128 - 1)
-        next_first_scale = gl.load(first_at + ahead)
-        next_second_scale = gl.load(second_at + ahead)
-        next_row_scale = gl.load(row_at + ahead.to(gl.int64) * row_stride, mask=here, other=0.0)
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         if GATHERED:
             fence_async_shared()  # the tensor cores read what threads have copied
         mine = rows.index(stage).slice(PART * HALF, HALF, 0)
         both = weights.index(stage)
-        sums = _issue(mine, both.slice(0, 128, 0), nothing, PART, TURNS)
+        sums = _start(mine, both.slice(0, 128, 0), nothing, PART, TURNS)
+        # After the fence, which would wait for them, and while the tensor cores work.
+        ahead = gl.minimum(k + 1, C // 128 - 1)
+        next_first_scale = gl.load(first_at + ahead)
+        next_second_scale = gl.load(second_at + ahead)
+        row_scale = scales.index(stage).slice(PART * HALF, HALF, 0).load(gl.SliceLayout(1, layout))
+        sums = warpgroup_mma_wait(0, deps=(sums,))
         if FEATURES == 128:
             first += sums * gl.expand_dims(row_scale * first_scale, 1)
-            sums = _issue(mine, both.slice(128, 128, 0), nothing, PART, TURNS)
+            sums = _start(mine, both.slice(128, 128, 0), nothing, PART, TURNS)
+            sums = warpgroup_mma_wait(0, deps=(sums,))
             mbarrier.arrive(empty.index(stage), count=1)
             second += sums * gl.expand_dims(row_scale * second_scale, 1)
         else:
@@ -67,7 +68,6 @@ def sums_of_float8(  # type: ignore[no-untyped-def]
             first += sums * (gl.expand_dims(row_scale, 1) * scale)
         first_scale = next_first_scale
         second_scale = next_second_scale
-        row_scale = next_row_scale
         step += 1
     if FEATURES == 128:
         return first, second, step
@@ -77,13 +77,14 @@ def sums_of_float8(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _issue(rows, weights, nothing, PART: gl.constexpr, TURNS: gl.constexpr):  # type: ignore[no-untyped-def]
+def _start(rows, weights, nothing, PART: gl.constexpr, TURNS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """The sums, which are on their way."""
     if TURNS:
         take_turn(PART)
     sums = warpgroup_mma(rows, weights.permute((1, 0)), nothing, use_acc=False, is_async=True)
     if TURNS:
         pass_turn(PART)
-    return warpgroup_mma_wait(0, deps=(sums,))
+    return sums
 
 
 @gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -105,15 +106,16 @@ def pass_turn(PART: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
 def pass_over(  # type: ignore[no-untyped-def]
-    ring, step, steps: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr
-):
+    ring, step, steps: gl.constexpr, PART: gl.constexpr, FEATURES: gl.constexpr,
+    STAGES: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
     """The next step after a tile that has no rows for this group."""
-    _rows, _weights, full, empty = ring
+    _rows, _scales, _weights, full, empty = ring
     for _k in range(steps):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         if TURNS:
-            for _both in gl.static_range(2):
+            for _both in gl.static_range(FEATURES // 64):
                 take_turn(PART)
                 pass_turn(PART)
         mbarrier.arrive(empty.index(stage), count=1)
@@ -135,7 +137,7 @@ def sums_of_bfloat16(  # type: ignore[no-untyped-def]
     GATHERED: gl.constexpr,
 ):  # fmt: skip
     """(sums of the first weights, of the second, next step) of a tile."""
-    rows, weights, full, empty = ring
+    rows, _scales, weights, full, empty = ring
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     first = gl.zeros([HALF, 128], gl.float32, layout)
     second = gl.zeros([HALF, 128], gl.float32, layout)

@@ -21,23 +21,27 @@ import triton.language as tl
 class Tiles:
     """How a grouped product is cut: `rows` x `features` a program, `depth` in-features at a time.
 
-    `programs` a multiprocessor may run at once. `specialised`: the kernels for Hopper GPUs
-    (experts/kernels/hopper.py), whose programs take two blocks of `features` each.
+    `programs` a multiprocessor may run at once. Programs of the kernel for Hopper GPUs
+    (experts/kernels/hopper_ffn.py) take two blocks of `features` each.
     Nothing here but `depth` changes a bit of a result (see tests/gpu/test_grouped_tiles.py).
     """
 
     rows: int
     features: int
     depth: int
-    warps: int
     stages: int
+    warps: int = 4
     programs: int = 1
-    specialised: bool = False
 
 
 def most_tiles(num_places: int, num_slots: int, tiles: Tiles) -> int:
     """Tiles of rows that the slots can have together, whatever their counts."""
     return min(num_places, num_places // tiles.rows + num_slots)
+
+
+def slots_entries(num_slots: int) -> int:
+    """Slots that a program looks through: kernels are compiled for powers of 2 from 32 on."""
+    return max(32, 1 << (num_slots - 1).bit_length())
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]

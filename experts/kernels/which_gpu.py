@@ -17,3 +17,11 @@ def is_hopper(device: torch.device) -> bool:
 def is_hopper_or_newer(device: torch.device) -> bool:
     """A copy engine for tiles, and kernels that start before the one ahead has ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # Triton's interpreter
+    number: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return number

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -19,8 +17,8 @@ SIZES = (2048, 1408)
 def test_every_tile_gives_the_same_bits(cuda, mode: str, counts: tuple[int, ...]) -> None:
     """Ten times each: groups of warps, neighbours and kernels that overlap may not race."""
     from experts.kernels.counters import MOST_COUNTERS, counters
-    from experts.kernels.grouped import down_rows, gate_up_rows
-    from experts.kernels.grouped_tiles import tiles_for
+    from experts.kernels.grouped import down_rows, gate_up_rows, plain_tiles
+    from experts.kernels.grouped_hopper import hopper_rows
     from experts.kernels.tiles import Tiles
 
     torch.manual_seed(5)
@@ -31,18 +29,25 @@ def test_every_tile_gives_the_same_bits(cuda, mode: str, counts: tuple[int, ...]
     pairs = sorted_pairs(slots_R1, num_slots)
     x_RH = random_rows(len(slots_R), SIZES[0], "cuda")
     x = quantized(x_RH) if float8 else x_RH
-    plain = Tiles(rows=64, features=128, depth=128 if float8 else 64, warps=4, stages=3)
-    kinds = [(plain, plain)]
+
+    def plain(first: Tiles, second: Tiles) -> torch.Tensor:
+        return down_rows(gate_up_rows(x, pairs, case.experts, first), pairs, case.experts, second)
+
+    depth = 128 if float8 else 64
+    small = Tiles(rows=64, features=64, depth=depth, stages=3)
+    kinds = [(small, small), plain_tiles(case.experts, quantized=float8)]
     if torch.cuda.get_device_capability(cuda) == (9, 0):
-        kinds.append((replace(plain, stages=4, specialised=True), plain))  # for many experts
-    kinds += [tiles_for(case.experts, num_slots * n, quantized=float8) for n in (1, 100, 1000)]
+        sizes = ((64, 64, 8), (128, 64, 6), (128, 128, 4))
+        kinds += [(Tiles(rows=r, features=f, depth=depth, stages=s),) for r, f, s in sizes]
     expected_PH = torch.empty(0)
-    for first, second in dict.fromkeys(kinds):
+    for tiles in kinds:
         for _ in range(10):
             torch.full((len(slots_R), SIZES[0]), torch.nan, device=cuda, dtype=torch.bfloat16)
-            y_PH = down_rows(  # in the memory that has just become free
-                gate_up_rows(x, pairs, case.experts, first), pairs, case.experts, second
-            )
+            # In the memory that has just become free:
+            if len(tiles) == 2:
+                y_PH = plain(*tiles)
+            else:
+                y_PH = hopper_rows(x, pairs, case.experts, tiles[0])
             expected_PH = expected_PH if len(expected_PH) else y_PH
-            assert torch.equal(y_PH, expected_PH), f"{first}, {second}"
+            assert torch.equal(y_PH, expected_PH), f"{tiles}"
     assert not counters(cuda, MOST_COUNTERS).any()
