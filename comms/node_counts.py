@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comms.kernels.rail import tell
+from comms.kernels.progress import tell
 from comms.rail import Rail
 from comms.rail_watch import Progress
 
@@ -20,8 +20,9 @@ from comms.rail_watch import Progress
 @dataclass(frozen=True, kw_only=True)
 class Counts:
     """places_MN: int32, where among the rows for node m mine has its place, -1 for those without.
-    arrived_M: int32, rows that came from each node; sent_to, came_from: the numbers, on the host."""
+    arrived_M: int32, rows that came from each node; sent_to, came_from: the numbers, on the host. node: mine."""
 
+    node: int
     places_MN: Tensor
     arrived_M: Tensor
     sent_to: tuple[int, ...]
@@ -34,6 +35,16 @@ class Counts:
     def arrived(self, x_MN: Tensor) -> list[Tensor]:
         """What concerns the rows that came."""
         return _cut(x_MN, self.came_from)
+
+    @property
+    def num_sent(self) -> int:
+        """Rows of mine that other nodes get."""
+        return sum(self.sent_to) - self.sent_to[self.node]
+
+    @property
+    def num_came(self) -> int:
+        """Rows that other nodes get a sum of."""
+        return sum(self.came_from) - self.came_from[self.node]
 
     @classmethod
     def exchange(
@@ -53,6 +64,7 @@ class Counts:
         rail.finish()
         sent_to, came_from = torch.stack((sent_M, arrived_M)).tolist()
         return cls(
+            node=rail.idx,
             places_MN=places_MN,
             arrived_M=arrived_M,
             sent_to=tuple(sent_to),

@@ -107,7 +107,8 @@ class NodesDispatcher:
         pack_rows[(num_rows,)](
             records, x_TH, slots_TK, weights_TK, weights_TK if range_T is None else range_T,
             counts.places_MN if counts else slots_TK, *self.progress.tensors, len(x_TH), num_rows,
-            self.rail.idx, PADDED_H=1 << (layout.hidden - 1).bit_length(), RECORD=record.words,
+            counts.num_sent if counts else (self.rail.size - 1) * num_rows, self.rail.idx,
+            PADDED_H=1 << (layout.hidden - 1).bit_length(), RECORD=record.words,
             SCALES_AT=record.scales_at, SLOTS_AT=record.slots_at,
             FLOAT8=layout.dispatch_dtype == "float8", RANGED=layout.combine == "fixed",
             PLACED=counts is not None, num_warps=8, **self._constants,
@@ -158,6 +159,17 @@ class NodesDispatcher:
         if self._watch is not None:
             self._watch.check()
         self.node.check()
+
+    @property
+    def bytes_sent(self) -> dict[str, int]:
+        """{"intra_node": ..., "inter_node": ...} since the start: rows, sums and what goes with them, needed
+        or not; signals and counts not. Waits for the device."""
+        return {**self.node.bytes_sent, "inter_node": int(self.progress.count[1])}
+
+    def forget_bytes(self) -> None:
+        """Count from zero again."""
+        self.node.forget_bytes()
+        self.progress.count[1:].zero_()
 
     def close(self) -> None:
         """Call it when all ranks are past their last exchange."""
@@ -237,7 +249,9 @@ class PendingNodeSums:
             out_TH, out_TH if extra_TH is None else extra_TH, handle.slots_TK,
             self._mine if handle.range_T is None else handle.range_T, self._mine, self._theirs,
             handle.counts.places_MN if handle.counts else handle.slots_TK, *d.progress.tensors,
-            shape[0], handle.num_rows, d.rail.idx, BLOCK_H=channels, COLUMNS=d.record.sum_columns,
+            shape[0], handle.num_rows,
+            handle.counts.num_came if handle.counts else (d.rail.size - 1) * handle.num_rows,
+            d.rail.idx, BLOCK_H=channels, COLUMNS=d.record.sum_columns,
             FIXED=d.layout.combine == "fixed", EXTRA=extra_TH is not None,
             PLACED=handle.counts is not None, num_warps=4, **d._constants,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """The deadline of exchanges between nodes: kernels of NCCL wait for a peer for good, in graphs too.
 
-Each dispatch and combine goes through three kernels of ours (`comms/kernels/rail.py`), which count: one
+Each dispatch and combine goes through three kernels of ours, which count (`comms/kernels/progress.py`): one
 before the rows cross, one when they are here, one when the sums came back. The number stands in memory
 of the host, so that a thread sees, without a word to the device, how far the GPU is: at a multiple of
 three it is between two exchanges and may take its time. If it stays elsewhere for too long, the thread
@@ -27,10 +27,11 @@ _STAGES = ("", "dispatch", "combine")
 
 
 class Progress:
-    """count: int64 [1] on the device. told: the same on the host, written by the device."""
+    """count: int64 [2] on the device, kernels and bytes sent to other nodes. told: int64 [1], the kernels
+    again, on the host, written by the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.count = torch.zeros(1, dtype=torch.int64, device=device)
+        self.count = torch.zeros(2, dtype=torch.int64, device=device)
         self.told = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._seen = self.told.numpy()
 

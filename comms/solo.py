@@ -13,7 +13,7 @@ class SoloGroup:
 
     def __init__(self, *, name: str, rank: int) -> None:
         self.name = name
-        self.ranks = (rank,)
+        self.ranks: tuple[int, ...] = (rank,)
         self.idx = 0
         self.size = 1
 

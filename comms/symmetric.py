@@ -24,19 +24,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from comms.kernels.combine import combine_rows
-from comms.kernels.dispatch import dispatch_rows, wait_for_rows
-from comms.kernels.rail import forward_rows
 from comms.rail_record import RailRecord
 from comms.store import Store
-from comms.symmetric_layout import BUFFERS, PROGRAMS, SymmetricLayout
+from comms.symmetric_kernels import ExchangeKernels
+from comms.symmetric_layout import BUFFERS, SymmetricLayout
 from comms.symmetric_memory import SymmetricMemory
 from comms.symmetric_report import Report
-from comms.symmetric_tiles import Tiles
 from comms.symmetric_types import (
     Received,
     SymmetricHandle,
@@ -66,39 +62,16 @@ class SymmetricDispatcher:
         programs: int | None = None,
         ranks: Sequence[int] | None = None,
     ) -> None:
-        if layout.world_size != memory.world_size or memory.bytes.numel() < layout.num_bytes:
-            raise ValueError(
-                f"a layout of {layout.world_size} ranks and {layout.num_bytes} bytes does not fit "
-                f"memory of {memory.world_size} ranks and {memory.bytes.numel()} bytes"
-            )
+        memory.check_fits(layout.world_size, layout.num_bytes)
         self.layout, self.memory, self.rank = layout, memory, memory.rank
         self.where = where or Where()
         self.num_rows = layout.capacity
-        device = memory.device
-        is_gpu = device.type == "cuda"
-        # On a CPU kernels are interpreted: ranks of one process, one after the other.
-        self._signals = is_gpu and layout.world_size > 1
-        multiprocessors = (
-            torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 1
-        )
-        self.tiles = Tiles(layout, multiprocessors, programs)
         self.turn = 0
         """Of the next dispatch: which of the buffers it uses, the same on all ranks."""
-        self._tables = [self._table(buffer) for buffer in range(BUFFERS)]
-        # How many signals each program has given, and how many it has waited for, by kind and buffer.
-        state = (2, BUFFERS, 2, PROGRAMS)
-        self._state = torch.zeros(state, dtype=torch.int64, device=device)
         self.report = Report(
-            self.rank, ranks or range(layout.world_size), device, self.where, timeout_s
+            self.rank, ranks or range(layout.world_size), memory.device, self.where, timeout_s
         )
-        limit = np.nextafter(np.float32(2**31 / layout.num_topk), np.float32(0))
-        self._constants = {
-            "WORLD": layout.world_size,
-            "H": layout.hidden,
-            "K": layout.num_topk,
-            "PADDED_K": 1 << (layout.num_topk - 1).bit_length(),
-        }
-        self._limit = float(limit)
+        self._kernels = ExchangeKernels(layout, memory, self.report, programs)
 
     @classmethod
     def connect(
@@ -145,16 +118,8 @@ class SymmetricDispatcher:
         num_rows = self.num_rows
         check_arguments(self.layout, num_rows, x_TH, slots_TK, weights_TK, range_T)
         handle = self._next(slots_TK, range_T)
-        tile = self.tiles.dispatch(num_rows)
-        dispatch_rows[(tile.programs,)](
-            x_TH, slots_TK, weights_TK, weights_TK if range_T is None else range_T,
-            self._tables[handle.buffer], self._state[0, handle.buffer], self.report.failed,
-            self.report.lines[0], len(x_TH), num_rows, self.rank, self.report.deadline_ns,
-            SLOTS_PER_RANK=self.layout.slots_per_rank,
-            FLOAT8=self.layout.dispatch_dtype == "float8", RANGED=self.layout.combine == "fixed",
-            PADDED_H=tile.channels, SIGNALS=self._signals, WAITS=waits, **self._constants, **tile.options,
-        )  # fmt: skip
-        return PendingRows(self, handle, is_here=waits or not self._signals)
+        self._kernels.dispatch(x_TH, weights_TK, handle, waits=waits)
+        return PendingRows(self._kernels, handle, is_here=waits or not self._kernels.signals)
 
     def dispatch(
         self,
@@ -184,23 +149,12 @@ class SymmetricDispatcher:
         The handle's slots are those of the records, among this node's.
         """
         self.check()
-        layout, record = self.layout, RailRecord(self.layout)
-        shape, num_rows = (self.num_rows, layout.num_topk), self.num_rows
-        check_tensor("records", records, (torch.int32,), (num_rows, record.words))
+        shape, words = (self.num_rows, self.layout.num_topk), RailRecord(self.layout).words
+        check_tensor("records", records, (torch.int32,), (self.num_rows, words))
         slots_VK = torch.empty(shape, dtype=torch.int32, device=records.device)
         handle = self._next(slots_VK)
-        tile = self.tiles.dispatch(num_rows)
-        forward_rows[(tile.programs,)](
-            slots_VK, records, slots_VK if arrived_M is None else arrived_M,
-            self._tables[handle.buffer], self._state[0, handle.buffer], self.report.failed,
-            self.report.lines[0], *told, num_rows, rows_of_source, node, self.rank, self.report.deadline_ns,
-            SLOTS_PER_RANK=layout.slots_per_rank, PADDED_WORDS=tile.channels * layout.row_dtype.itemsize // 4,
-            RECORD=record.words, SCALES_AT=record.scales_at, SLOTS_AT=record.slots_at,
-            FLOAT8=layout.dispatch_dtype == "float8", RANGED=layout.combine == "fixed",
-            COUNTED=arrived_M is not None, SIGNALS=self._signals, WAITS=waits, **self._constants,
-            **tile.options,
-        )  # fmt: skip
-        return PendingRows(self, handle, is_here=waits or not self._signals)
+        self._kernels.forward(records, rows_of_source, node, told, arrived_M, handle, waits=waits)
+        return PendingRows(self._kernels, handle, is_here=waits or not self._kernels.signals)
 
     def start_combine(
         self, y_PH: Tensor, place_RK: Tensor | None, handle: SymmetricHandle
@@ -233,23 +187,27 @@ class SymmetricDispatcher:
     ) -> PendingSums:
         self.check()
         self._check_outputs(y_PH, place_RK, handle)
-        return PendingSums(self, y_PH, place_RK, handle)
+        return PendingSums(self._kernels, y_PH, place_RK, handle)
 
     def check(self) -> None:
         """Raise CommTimeout if a kernel gave up on a peer, CommError if ranks expected different
         numbers of tokens; both name the first failure. Needs no synchronisation, sees what is done."""
         self.report.check(self.num_rows)
 
+    @property
+    def bytes_sent(self) -> dict[str, int]:
+        """{"intra_node": ...} since the start: what kernels stored into other ranks' memory, slots of rows that
+        nobody sent among it, signals not. Waits for the device."""
+        return {"intra_node": self._kernels.bytes_sent}
+
+    def forget_bytes(self) -> None:
+        """Count from zero again."""
+        self._kernels.forget_bytes()
+
     def close(self) -> None:
         """Nothing is held but memory."""
 
     # -- what is where -----------------------------------------------------------------------
-
-    def _table(self, buffer: int) -> Tensor:
-        """int64 [region, rank]: addresses, on the device."""
-        offsets = self.layout.offsets(buffer)
-        rows = [[address + offset for address in self.memory.addresses] for offset in offsets]
-        return torch.tensor(rows, dtype=torch.int64, device=self.memory.device)
 
     def _next(self, slots_TK: Tensor, range_T: Tensor | None = None) -> SymmetricHandle:
         """Of a dispatch that begins, which takes the other buffers than the one before."""
@@ -299,19 +257,13 @@ class SymmetricDispatcher:
 class PendingRows:
     """Rows on their way here."""
 
-    def __init__(
-        self, dispatcher: SymmetricDispatcher, handle: SymmetricHandle, *, is_here: bool
-    ) -> None:
-        self._dispatcher, self.handle, self._is_here = dispatcher, handle, is_here
+    def __init__(self, kernels: ExchangeKernels, handle: SymmetricHandle, *, is_here: bool) -> None:
+        self._kernels, self.handle, self._is_here = kernels, handle, is_here
 
     def wait(self) -> Received:
         """Kernels launched from here on find all rows there."""
         if not self._is_here:
-            d, buffer, num_rows = self._dispatcher, self.handle.buffer, self.handle.num_rows
-            wait_for_rows[(d.tiles.dispatch(num_rows).programs,)](
-                d._tables[buffer], d._state[0, buffer], d.report.failed, d.report.lines[0], num_rows,
-                d.rank, d.report.deadline_ns, WORLD=d.layout.world_size, num_warps=1,
-            )  # fmt: skip
+            self._kernels.wait(self.handle)
             self._is_here = True
         return self.handle.received
 
@@ -321,16 +273,12 @@ class PendingSums:
 
     def __init__(
         self,
-        dispatcher: SymmetricDispatcher,
+        kernels: ExchangeKernels,
         y_PH: Tensor,
         place_RK: Tensor | None,
         handle: SymmetricHandle,
     ) -> None:
-        self._dispatcher, self._y_PH, self._handle = dispatcher, y_PH, handle
-        received = handle.received
-        self._is_summed = place_RK is None
-        self._places = received.local_slots_RK if place_RK is None else place_RK
-        self._ranges = received.weights_RK if received.range_R is None else received.range_R
+        self._kernels, self._y_PH, self._place_RK, self._handle = kernels, y_PH, place_RK, handle
 
     def wait(self, extra_TH: Tensor | None = None) -> Tensor:
         """out_TH bfloat16: each token's weighted sum; plus extra_TH, added in bfloat16. Call it once."""
@@ -338,27 +286,9 @@ class PendingSums:
 
     def launch(self, *, sends: bool, adds: bool, extra_TH: Tensor | None = None) -> Tensor:
         """out_TH, which only a kernel that adds has filled; [T, sum_columns] in a node of several."""
-        d, handle, received = self._dispatcher, self._handle, self._handle.received
-        num_tokens, buffer, num_rows = len(handle.slots_TK), handle.buffer, handle.num_rows
-        is_part, sums = d.layout.of_several, RailRecord(d.layout)
-        columns, dtype = d.layout.hidden, torch.bfloat16
-        if is_part:
-            columns, dtype = sums.sum_columns, sums.sum_dtype
-        shape = (num_tokens if adds else 0, columns)
-        out_TH = torch.empty(shape, dtype=dtype, device=d.memory.device)
         if extra_TH is not None:
+            shape = (len(self._handle.slots_TK), self._kernels.layout.hidden)
             check_tensor("extra_TH", extra_TH, (torch.bfloat16,), shape)
-        sends &= d.layout.world_size > 1
-        tile = d.tiles.combine(num_rows)
-        is_split = sends and adds and tile.chunk < tile.rounds
-        combine_rows[(tile.programs * (1 + is_split),)](
-            out_TH, out_TH if extra_TH is None else extra_TH, handle.slots_TK,
-            received.weights_RK if handle.range_T is None else handle.range_T,
-            self._y_PH, self._places, received.local_slots_RK, received.weights_RK, self._ranges,
-            d._tables[buffer], d._state[1, buffer], d.report.failed, d.report.lines[1], num_tokens,
-            num_rows, d.rank, tile.chunk, d._limit, d.report.deadline_ns,
-            SLOTS_PER_RANK=d.layout.slots_per_rank, SUMMED=self._is_summed,
-            FIXED=d.layout.combine == "fixed", EXTRA=extra_TH is not None, SENDS=sends, ADDS=adds,
-            SPLIT=is_split, SIGNALS=d._signals, PART=is_part, COLUMNS=columns, BLOCK_H=tile.channels, **d._constants, **tile.options,
-        )  # fmt: skip
-        return out_TH
+        return self._kernels.combine(
+            self._y_PH, self._place_RK, self._handle, extra_TH, sends=sends, adds=adds
+        )

@@ -63,8 +63,15 @@ class SymmetricLayout:
         return torch.float8_e4m3fn if self.dispatch_dtype == "float8" else torch.bfloat16
 
     @property
+    def row_bytes(self) -> int:
+        """Of a row that goes to a rank: channels, scales, weights and range. Slots go to every rank."""
+        float8, fixed = self.dispatch_dtype == "float8", self.combine == "fixed"
+        scales = self.hidden // BLOCK * 4 if float8 else 0
+        return self.hidden * self.row_dtype.itemsize + scales + 4 * self.num_topk + 4 * fixed
+
+    @property
     def region_bytes(self) -> tuple[int, ...]:
-        """Of each region of one buffer, in the order of the table of `comms/kernels/dispatch.py`."""
+        """Of each region of one buffer, in the order of `comms/kernels/regions.py`."""
         rows = self.world_size * self.capacity
         float8, fixed = self.dispatch_dtype == "float8", self.combine == "fixed"
         is_wide = fixed or self.of_several

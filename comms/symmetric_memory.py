@@ -33,6 +33,14 @@ class SymmetricMemory:
     def world_size(self) -> int:
         return len(self.addresses)
 
+    def check_fits(self, world_size: int, num_bytes: int) -> None:
+        """Raise ValueError for a layout of other ranks, or that is larger."""
+        if world_size != self.world_size or self.bytes.numel() < num_bytes:
+            raise ValueError(
+                f"a layout of {world_size} ranks and {num_bytes} bytes does not fit memory of "
+                f"{self.world_size} ranks and {self.bytes.numel()} bytes"
+            )
+
     @property
     def device(self) -> torch.device:
         return self.bytes.device

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from comms.kernels.signals import STATE_WORDS
 from comms.kernels.tensor_parallel import gather_columns, gather_rows, scatter_sums
 from comms.store import Store
 from comms.symmetric_layout import PROGRAMS
@@ -50,11 +51,7 @@ class SymmetricRows:
         timeout_s: float = 60.0,
         early: bool = False,
     ) -> None:
-        if layout.world_size != memory.world_size or memory.bytes.numel() < layout.num_bytes:
-            raise ValueError(
-                f"a layout of {layout.world_size} ranks and {layout.num_bytes} bytes does not fit "
-                f"memory of {memory.world_size} ranks and {memory.bytes.numel()} bytes"
-            )
+        memory.check_fits(layout.world_size, layout.num_bytes)
         self.layout, self.memory, self.rank = layout, memory, memory.rank
         self.num_rows = layout.capacity
         device = memory.device
@@ -65,7 +62,8 @@ class SymmetricRows:
             self.most_programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
         self._starts = [sum(layout.region_bytes[:i]) for i in range(len(layout.region_bytes))]
         self._tables = [self._table(kind) for kind in range(len(KINDS))]
-        self._state = torch.zeros(len(KINDS), PROGRAMS, dtype=torch.int64, device=device)
+        state = (len(KINDS), STATE_WORDS, PROGRAMS)
+        self._state = torch.zeros(state, dtype=torch.int64, device=device)
         self.report = Report(
             self.rank,
             ranks or range(layout.world_size),

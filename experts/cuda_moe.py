@@ -13,9 +13,8 @@ T rows, H hidden, K experts per token, E experts, S my slots, I intermediate, M 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -23,13 +22,14 @@ from torch import Tensor
 
 from experts.float8 import multiplies_float8
 from experts.kernels.choose import Choice, Tally, choose_slots
-from experts.kernels.combine import weighted_sum
+from experts.kernels.combine import Unsummed
 from experts.kernels.grouped import expert_ffn
 from experts.kernels.linear import linear, linear_fp32_parts
 from experts.kernels.quantize import quantize
 from experts.kernels.sort_by_slot import sort_by_slot
 from experts.kernels.swiglu import swiglu, swiglu_quantized
 from experts.kernels.types import DeviceExperts, QuantizedRows, SortedPairs
+from experts.second_stream import Aside
 from experts.slot_choice import SlotChoice, StaticChoice
 from router.gate import Gate
 from router.placement import LayerPlacement
@@ -142,28 +142,31 @@ class CudaMoELayer:
 
         num_tokens: int32 [1] on the device, how many of the rows are tokens (None: all).
         """
-        first = torch.cuda.current_stream(x_TH.device) if x_TH.device.type == "cuda" else None
-        second = self._second_stream(x_TH) if first else None
-        _wait_for(second, first)
-        with torch.cuda.stream(second) if second else nullcontext():
+        out = self.unsummed(x_TH, num_tokens)
+        return out if isinstance(out, Tensor) else out.sum()
+
+    def unsummed(self, x_TH: Tensor, num_tokens: Tensor | None = None) -> Tensor | Unsummed:
+        """`forward` but for the weighted sum, where that is the last that there is to do."""
+        aside = Aside(x_TH.device, on=self._is_worth_two_streams(len(x_TH)))
+        with aside:
             rows = self._rows(x_TH)
-            ready = second.record_event() if second else None
+            ready = aside.mark()
             shared_TH = self._shared(x_TH, rows)
         choice = self.choose(x_TH, num_tokens)
         # Of all tokens' pairs, about as many are for this rank's experts as its own tokens have.
         compute = partial(self.compute, expected_pairs=choice.ids_TK.numel())
         if self.exchange:
             out_TH = self.exchange.routed(x_TH, choice, compute)
-            _wait_for(first, second)
+            aside.join()
             return out_TH if shared_TH is None else out_TH + shared_TH
-        if first and ready:
-            first.wait_event(ready)
+        aside.join(ready)
         assert choice.slots_TK is not None
         y_PH, pairs = compute(rows, choice.slots_TK)
-        _wait_for(first, second)
-        return weighted_sum(
-            y_PH, pairs, choice.weights_TK, range_R=choice.range_T, extra_RH=shared_TH
-        )
+        aside.join()
+        return Unsummed(
+            y_PH=y_PH, pairs=pairs, weights_RK=choice.weights_TK,
+            range_R=choice.range_T, extra_RH=shared_TH,
+        )  # fmt: skip
 
     def forget_counters(self) -> None:
         """Count from zero again."""
@@ -193,16 +196,11 @@ class CudaMoELayer:
         own = self.gate.weight_EH.nbytes + (0 if bias_E is None else bias_E.nbytes)
         return own + (self.shared_expert.num_bytes if self.shared_expert else 0)
 
-    def _second_stream(self, x_TH: Tensor) -> torch.cuda.Stream | None:
+    def _is_worth_two_streams(self, num_rows: int) -> bool:
         """Beside the gate and the routed experts, where there is something to do there and rows are so
-        few that neither fills the GPU.
-
-        What is made on it is freed later, and its memory used again there only when it has waited
-        for the first stream: never too early.
-        """
-        if self.shared_expert is None and not self.slots.experts.is_float8:
-            return None
-        return _second_stream(x_TH.device) if 0 < len(x_TH) <= _OVERLAPPED else None
+        few that neither fills the GPU."""
+        has_work = self.shared_expert is not None or self.slots.experts.is_float8
+        return has_work and 0 < num_rows <= _OVERLAPPED
 
     def _rows(self, x_TH: Tensor) -> Rows:
         """Rows as matrices here take them; with a GPU that cannot multiply FP8, in bf16."""
@@ -249,13 +247,3 @@ class CudaMoELayer:
             device = local_slots_RK.device
             return torch.empty(0, experts.hidden, dtype=torch.bfloat16, device=device), pairs
         return expert_ffn(rows, pairs, experts, expected_pairs=expected_pairs), pairs
-
-
-def _wait_for(stream: torch.cuda.Stream | None, other: torch.cuda.Stream | None) -> None:
-    if stream and other:
-        stream.wait_stream(other)
-
-
-@cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

@@ -144,7 +144,7 @@ class Runner:
         self._steps.clear()
         self._last_end = None
         self.timer.reset()
-        self.model.dispatcher.ledger.clear()
+        self.model.forget_bytes()
         for moe in self.model.moe_layers:
             moe.forget_counters()
 
@@ -183,7 +183,7 @@ class Runner:
         memory held."""
         return {
             "expert_load": self.model.expert_load(),
-            "bytes": self._bytes_sent(),
+            "bytes": self.model.bytes_sent(),
             "step_seconds": dict(self.timer.seconds),
             "memory": self.memory(),
             "migration": self.migrator.metrics(),
@@ -205,17 +205,10 @@ class Runner:
             "step": self.num_steps,
             "routed": torch.stack([moe.routed_E for moe in moes]).numpy(),
             "served": self.model.expert_load(),
-            "bytes": self._bytes_sent(),
+            "bytes": self.model.bytes_sent(),
             "rows": [moe.recent_TK[:ROWS_SAMPLED].numpy() for moe in moes],
             "step_seconds": [step.seconds for step in list(self._steps)[-RECENT_STEPS:]],
             "migration": self.migrator.metrics(),
-        }
-
-    def _bytes_sent(self) -> dict[str, int]:
-        ledger = self.model.dispatcher.ledger
-        return {
-            "intra_node": ledger.intra_node_bytes(),
-            "inter_node": ledger.inter_node_bytes(),
         }
 
 

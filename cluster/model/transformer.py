@@ -132,6 +132,15 @@ class Transformer(Reports):
             mine = [rows_LV for rows_LV in logits if rows_LV is not None]
             return torch.cat(mine) if mine else None
 
+    def bytes_sent(self) -> dict[str, int]:
+        """By this rank since the start, to bring tokens to experts and back, inside nodes and between."""
+        ledger = self.dispatcher.ledger
+        return {"intra_node": ledger.intra_node_bytes(), "inter_node": ledger.inter_node_bytes()}
+
+    def forget_bytes(self) -> None:
+        """Count from zero again."""
+        self.dispatcher.ledger.clear()
+
     def _layers(self, batch: ForwardBatch, kv: KVCache) -> Pass:
         """From token ids to my rows of the last layer's output."""
         rows = TokenRows(group=self.tp, num_tokens=batch.num_tokens)

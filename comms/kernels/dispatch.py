@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, ANN202  (what Triton compiles has no Python types)
+# ruff: noqa: ANN001, ANN201  (what Triton compiles has no Python types)
 """Rows to the ranks of their experts: quantised and stored straight into the receivers' memory.
 
 Legend: T my tokens, H hidden, K top-k, W ranks, N rows per source, B blocks of 128 channels.
@@ -15,27 +15,31 @@ q = e4m3(x / scale), with divisions as IEEE 754 has them; a block with a NaN or 
 import triton
 import triton.language as tl
 
-from comms.kernels.signals import signal_peers, wait_for_peers
+from comms.kernels.regions import DISPATCHED, RANGES, ROWS, SCALES, SLOTS, WEIGHTS, address
+from comms.kernels.signals import GIVEN, SENT, meet_peers, wait_for_peers, word_of
 
-# Rows of the table of addresses [region, rank], see `comms/symmetric_layout.py`.
-ROWS, SCALES, SLOTS, WEIGHTS, RANGES, PARTIALS, WIDE, FORMS, DISPATCHED, COMBINED = range(10)
-_ROWS, _SCALES, _SLOTS = tl.constexpr(ROWS), tl.constexpr(SCALES), tl.constexpr(SLOTS)
-_WEIGHTS, _RANGES = tl.constexpr(WEIGHTS), tl.constexpr(RANGES)
-_DISPATCHED = tl.constexpr(DISPATCHED)
 _BLOCK = tl.constexpr(128)
+_GIVEN, _SENT = tl.constexpr(GIVEN), tl.constexpr(SENT)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "rank", "deadline_ns"])  # type: ignore[untyped-decorator,unused-ignore]
 def dispatch_rows(  # type: ignore[no-untyped-def]
     x, slots, weights, ranges, table, state, failed, report, num_tokens, num_rows, rank, deadline_ns,
     WORLD: tl.constexpr, SLOTS_PER_RANK: tl.constexpr, H: tl.constexpr,
-    K: tl.constexpr, PADDED_H: tl.constexpr, PADDED_K: tl.constexpr,
+    K: tl.constexpr, PADDED_H: tl.constexpr, PADDED_K: tl.constexpr, ROW_BYTES: tl.constexpr,
     FLOAT8: tl.constexpr, RANGED: tl.constexpr, SIGNALS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
-    """x bf16 [T, H], slots int [T, K], weights fp32 [T, K], ranges fp32 [T]; num_rows is N >= T."""
+    """x bf16 [T, H], slots int [T, K], weights fp32 [T, K], ranges fp32 [T]; num_rows is N >= T.
+
+    state: see `comms/kernels/signals.py`. ROW_BYTES: of a row that goes to a rank, without its slots.
+    """
     k = tl.arange(0, PADDED_K)
-    for i in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+    program = tl.program_id(0)
+    given = tl.load(word_of(state, _GIVEN, program))
+    num_bytes = tl.load(word_of(state, _SENT, program))
+    for i in range(program, num_rows, tl.num_programs(0)):
         row = tl.cast(i, tl.int32)
+        num_bytes += (WORLD - 1) * K * 4
         entry = row * K + k
         # Bounds say what is not to be read: an interpreted kernel cannot combine masks of two shapes.
         slot_K = tl.load(slots + entry, mask=k < tl.where(row < num_tokens, K, 0), other=-1)
@@ -47,7 +51,7 @@ def dispatch_rows(  # type: ignore[no-untyped-def]
         at = tl.cast(row, tl.int64) * H
         place = tl.cast(rank * num_rows + row, tl.int64)
         if FLOAT8:
-            q, scale, channel, block = _quantised(x + at, width, PADDED_H)
+            q, scale, channel, block = quantised(x + at, width, PADDED_H)
         else:
             channel = tl.arange(0, PADDED_H)
             x_H = tl.load(x + at + channel, mask=channel < width, other=0.0)
@@ -56,33 +60,32 @@ def dispatch_rows(  # type: ignore[no-untyped-def]
             is_there_K = (rank_K == to) & (k < K)
             local_K = tl.where(is_there_K, slot_K - to * SLOTS_PER_RANK, -1)
             sent = tl.max(is_there_K.to(tl.int32), 0) != 0
-            to_slots = _address(table, _SLOTS, to, WORLD).to(tl.pointer_type(tl.int32))
+            to_slots = address(table, SLOTS, to, WORLD).to(tl.pointer_type(tl.int32))
             tl.store(to_slots + place * K + k, local_K, mask=k < K)
             if sent:
                 if FLOAT8:
-                    to_q = _address(table, _ROWS, to, WORLD).to(tl.pointer_type(tl.float8e4nv))
-                    to_scale = _address(table, _SCALES, to, WORLD).to(tl.pointer_type(tl.float32))
+                    to_q = address(table, ROWS, to, WORLD).to(tl.pointer_type(tl.float8e4nv))
+                    to_scale = address(table, SCALES, to, WORLD).to(tl.pointer_type(tl.float32))
                     tl.store(to_q + place * H + channel, q, mask=channel < H)
                     tl.store(
                         to_scale + place * (H // _BLOCK) + block, scale, mask=block < H // _BLOCK
                     )
                 else:
-                    to_x = _address(table, _ROWS, to, WORLD).to(tl.pointer_type(tl.bfloat16))
+                    to_x = address(table, ROWS, to, WORLD).to(tl.pointer_type(tl.bfloat16))
                     tl.store(to_x + place * H + channel, x_H, mask=channel < H)
-                to_weights = _address(table, _WEIGHTS, to, WORLD).to(tl.pointer_type(tl.float32))
+                to_weights = address(table, WEIGHTS, to, WORLD).to(tl.pointer_type(tl.float32))
                 tl.store(to_weights + place * K + k, weight_K, mask=k < K)
                 if RANGED:
-                    to_ranges = _address(table, _RANGES, to, WORLD).to(tl.pointer_type(tl.float32))
+                    to_ranges = address(table, RANGES, to, WORLD).to(tl.pointer_type(tl.float32))
                     tl.store(to_ranges + place, tl.load(ranges + row))
+                if next < WORLD:
+                    num_bytes += ROW_BYTES
+    tl.store(word_of(state, _SENT, program), num_bytes)
     if SIGNALS:
-        program = tl.program_id(0)
-        flags, count = table + _DISPATCHED * WORLD, tl.load(state + program) + 1
-        tl.store(state + program, count)
-        signal_peers(flags, program, count, num_rows, rank, WORLD)
-        if WAITS:
-            wait_for_peers(
-                flags, program, count, num_rows, failed, report, deadline_ns, rank, WORLD
-            )
+        meet_peers(
+            table + DISPATCHED * WORLD, state, given, num_rows, failed, report, deadline_ns, rank,
+            WORLD, WAITS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "rank", "deadline_ns"])  # type: ignore[untyped-decorator,unused-ignore]
@@ -91,18 +94,12 @@ def wait_for_rows(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The wait of a dispatch alone, for when something was done meanwhile; as many programs as it had."""
     program = tl.program_id(0)
-    flags, count = table + _DISPATCHED * WORLD, tl.load(state + program)
-    wait_for_peers(flags, program, count, num_rows, failed, report, deadline_ns, rank, WORLD)
+    flags, given = table + DISPATCHED * WORLD, tl.load(word_of(state, _GIVEN, program))
+    wait_for_peers(flags, program, given, num_rows, failed, report, deadline_ns, rank, WORLD)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _address(table, REGION: tl.constexpr, rank, WORLD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a region on a rank; all are multiples of 128, which is what lets 16 bytes go at once."""
-    return tl.multiple_of(tl.load(table + REGION * WORLD + rank).to(tl.pointer_type(tl.int32)), 16)
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _quantised(x, width, PADDED_H: tl.constexpr):  # type: ignore[no-untyped-def]
+def quantised(x, width, PADDED_H: tl.constexpr):  # type: ignore[no-untyped-def]
     """q [B, 128], scale [B], and the channels and blocks that they are of.
 
     Magnitudes are compared as the integers that their bits are, where a NaN is greater than Inf.

@@ -46,6 +46,13 @@ def fixed_partial(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def from_steps(total_H, refused, token_range):  # type: ignore[no-untyped-def]
+    """bf16: the number that so many steps are; NaN where a pair was refused."""
+    step = token_range * (1.0 / _STEPS)
+    return (total_H.to(tl.float32) * tl.where(refused, float("nan"), step)).to(tl.bfloat16)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _of_any_size(  # type: ignore[no-untyped-def]
     y, places, weights, row, steps, limit, H: tl.constexpr, K: tl.constexpr, BLOCK_H: tl.constexpr
 ):  # fmt: skip

@@ -3,13 +3,17 @@
 
 The same program of the same kernel runs on every rank, and each speaks only to its twins: what program
 p of one rank stores, program p of the other waits for. So nobody has to know when a whole kernel is
-done. Every program counts its signals in `state`, and each rank owns a flag per program on every peer:
+done. Each rank owns a flag per program on every peer:
 
     flag = signals so far * 2^24 + rows per source
 
 A signal is a barrier of the program's threads, a fence at system scope and a store, so whoever reads
 the flag with an acquire sees all rows that were stored before it (PTX ISA, memory consistency model).
 Twins wait for nothing but twins: however few programs run at a time, the lowest unfinished one can go on.
+
+Every program keeps numbers of its own from one launch to the next, in `state`, int64 [words, PROGRAMS]:
+signals given and awaited, and the bytes that it has stored into other ranks' memory. It reads them when it
+begins: once its rows are on their way they would be waited for.
 
 Waiting has a deadline, by the GPU's own clock. A late peer, or one whose number of rows is another, is
 written into `report`, which the host reads when it next looks; then nothing waits any more, so that the
@@ -24,11 +28,14 @@ from comms.symmetric_layout import PROGRAMS
 ROWS_BITS = 24
 ON_TIME, LATE, DISAGREES = 0, 1, 2  # the first number of a report
 REPORT_WORDS = 4  # by peer: what, the signals that were awaited, the flag that was there, 0
+GIVEN, AWAITED, SENT = range(3)  # words of a state
+STATE_WORDS = 3
 
 _MAX_PROGRAMS = tl.constexpr(PROGRAMS)
 _ROWS_BITS = tl.constexpr(ROWS_BITS)
 _LATE, _DISAGREES = tl.constexpr(LATE), tl.constexpr(DISAGREES)
 _REPORT_WORDS = tl.constexpr(REPORT_WORDS)
+_GIVEN = tl.constexpr(GIVEN)
 
 # One thread does it, after a barrier of all: its fence covers what the others stored (cumulativity).
 _POST = tl.constexpr("""
@@ -72,6 +79,26 @@ poll:
 done:
 }
 """)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def word_of(state, WORD: tl.constexpr, program):  # type: ignore[no-untyped-def]
+    """Where a program keeps it."""
+    return state + WORD * _MAX_PROGRAMS + program
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def meet_peers(  # type: ignore[no-untyped-def]
+    flags, state, given, rows, failed, report, deadline_ns, rank, WORLD: tl.constexpr,
+    WAITS: tl.constexpr,
+):  # fmt: skip
+    """What this program has stored is there; WAITS: and so is what its twins have stored here. given: signals
+    before this one."""
+    program, count = tl.program_id(0), given + 1
+    tl.store(word_of(state, _GIVEN, program), count)
+    signal_peers(flags, program, count, rows, rank, WORLD)
+    if WAITS:
+        wait_for_peers(flags, program, count, rows, failed, report, deadline_ns, rank, WORLD)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]

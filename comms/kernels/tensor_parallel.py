@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from comms.kernels.dispatch import _address
-from comms.kernels.signals import signal_peers, wait_for_peers
+from comms.kernels.regions import address
+from comms.kernels.signals import GIVEN, meet_peers, word_of
 
 # Rows of the table of addresses [region, rank], see `comms/symmetric_rows.py`.
-ROWS, PARTS, LOGITS, FLAGS = range(4)
-_ROWS, _PARTS, _LOGITS, _FLAGS = (tl.constexpr(region) for region in (ROWS, PARTS, LOGITS, FLAGS))
+_ROWS, _PARTS, _LOGITS, _FLAGS = (tl.constexpr(region) for region in range(4))
+_GIVEN = tl.constexpr(GIVEN)
 
 
 @triton.jit(do_not_specialize=["num_own", "rank", "deadline_ns"])  # type: ignore[untyped-decorator,unused-ignore]
@@ -47,7 +47,7 @@ def gather_rows(  # type: ignore[no-untyped-def]
             x_H = _normed(x_H, tl.load(gain + h, mask=h < H, other=0.0), eps, H)
         place = rank * num_own + i
         for next in tl.static_range(1, WORLD + 1):  # with padding: there is room for it
-            rows = _address(table, _ROWS, (rank + next) % WORLD, WORLD).to(
+            rows = address(table, _ROWS, (rank + next) % WORLD, WORLD).to(
                 tl.pointer_type(tl.bfloat16)
             )
             tl.store(rows + tl.cast(place, tl.int64) * H + h, x_H, mask=h < H)
@@ -76,12 +76,12 @@ def scatter_sums(  # type: ignore[no-untyped-def]
                 )
                 width = tl.where(row < num_rows, H, 0)
                 part_H = tl.load(parts + row * H + h, mask=h < width, other=0.0)
-                theirs = _address(table, _PARTS, to, WORLD).to(tl.pointer_type(tl.bfloat16))
+                theirs = address(table, _PARTS, to, WORLD).to(tl.pointer_type(tl.bfloat16))
                 tl.store(theirs + place * H + h, part_H, mask=h < width)
     if SIGNALS:
         _meet(table, state, failed, report, num_own, rank, deadline_ns, WORLD)
     if RECEIVES:
-        arrived = _address(table, _PARTS, rank, WORLD).to(tl.pointer_type(tl.bfloat16))
+        arrived = address(table, _PARTS, rank, WORLD).to(tl.pointer_type(tl.bfloat16))
         for i in range(tl.program_id(0), num_own, tl.num_programs(0)):
             row, at = tl.cast(rank * num_own + i, tl.int64), tl.cast(i, tl.int64) * H + h
             width = tl.where(row < num_rows, H, 0)
@@ -116,7 +116,7 @@ def gather_columns(  # type: ignore[no-untyped-def]
         v = unit % BLOCKS * BLOCK + tl.arange(0, BLOCK)
         y_V = tl.load(y + row * width + v, mask=v < width, other=0.0)
         for next in tl.static_range(1, WORLD + 1):
-            to = _address(table, _LOGITS, (rank + next) % WORLD, WORLD).to(
+            to = address(table, _LOGITS, (rank + next) % WORLD, WORLD).to(
                 tl.pointer_type(tl.bfloat16)
             )
             tl.store(to + offset + row * V + first + v, y_V, mask=v < width)
@@ -135,11 +135,8 @@ def _begin(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _meet(table, state, failed, report, num_rows, rank, deadline_ns, WORLD: tl.constexpr):  # type: ignore[no-untyped-def]
     """What my twins have stored for me is there; mine for them is on its way."""
-    program = tl.program_id(0)
-    flags, count = table + _FLAGS * WORLD, tl.load(state + program) + 1
-    tl.store(state + program, count)
-    signal_peers(flags, program, count, num_rows, rank, WORLD)
-    wait_for_peers(flags, program, count, num_rows, failed, report, deadline_ns, rank, WORLD)
+    flags, given = table + _FLAGS * WORLD, tl.load(word_of(state, _GIVEN, tl.program_id(0)))
+    meet_peers(flags, state, given, num_rows, failed, report, deadline_ns, rank, WORLD, True)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]

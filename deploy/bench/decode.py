@@ -32,7 +32,7 @@ def decode_command(
     if preset not in presets.PRESETS:
         print(f"model {preset!r} is none of {', '.join(presets.PRESETS)}", file=sys.stderr)
         return 2
-    from simulations.bench import bench_decode
+    from simulations.bench import bench_decode, decode_pair
 
     if profile is not None:
         profile.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def decode_command(
     names: list[Quantization] = [None if name == "bfloat16" else "fp8" for name in quantizations]
     if num_gpus == 2:
         each = batches if tensor_parallel else [max(1, batch // 2) for batch in batches]
-        report = bench_decode.run_pair(
+        report = decode_pair.run_pair(
             preset, quantizations=names, batches=each, tensor_parallel=tensor_parallel
         )
     else:

@@ -10,13 +10,15 @@ from rich.table import Table
 from comms.launch import RankError
 from deploy.json_file import write_json
 from simulations.bench import bench_dispatch_gpu
+from simulations.bench.exchange_times import LINK_BYTES_PER_S
+from simulations.bench.exchange_workload import GpuWorkload
 
 
 def dispatch_gpu_command(workload: dict[str, Any], json_file: Path | None) -> int:
     """results.<way>.<tokens>.{us,us_p90,floor_us,bytes,deepep_us}; 2 for options that cannot be, 1
     without the GPUs, without Triton, or where a bit differs from the reference."""
     try:
-        chosen = bench_dispatch_gpu.GpuWorkload(**workload)
+        chosen = GpuWorkload(**workload)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -44,7 +46,7 @@ def dispatch_gpu_command(workload: dict[str, Any], json_file: Path | None) -> in
     print(
         f"microseconds of one call among many, on the slower rank; {checks['tokens']} tokens bitwise "
         f"equal to the reference, {checks['equal_repeats']} repeats equal; floor: the link's "
-        f"{bench_dispatch_gpu.LINK_BYTES_PER_S / 1e9:.0f} GB/s; DeepEP V1.2.1: measured on two H200"
+        f"{LINK_BYTES_PER_S / 1e9:.0f} GB/s; DeepEP V1.2.1: measured on two H200"
     )
     write_json(json_file, report)
     return 0

@@ -53,9 +53,10 @@ class ModelBench:
         exchange: RankExchange | None = None,
         replica: DividedReplica | None = None,
     ) -> None:
-        """`exchange`: expert parallel over `groups`; each rank then measures the same. `replica`: tensor
-        parallel over `groups.tp`; weights are then this rank's part."""
-        self._config, self._bandwidth = config, bandwidth
+        """bandwidth: bytes/s of a copy, for the floor; may be set later. `exchange`: expert parallel over
+        `groups`; each rank then measures the same. `replica`: tensor parallel over `groups.tp`; weights are
+        then this rank's part."""
+        self._config, self.bandwidth = config, bandwidth
         groups = groups or solo_groups()
         self._seed = groups.topology.replica_of(groups.rank)
         self._ranks_of_replica = 1 if replica is None else replica.size
@@ -184,7 +185,7 @@ class ModelBench:
         replica = Topology(num_nodes=1, ranks_per_node=self._ranks_of_replica)
         per_token = KVCache.bytes_per_block(config, replica, torch.bfloat16, 1)
         keys = per_token * num_sequences * (context + STEPS / 2)
-        return float((self.bytes_read() + experts + keys) / self._bandwidth)
+        return float((self.bytes_read() + experts + keys) / self.bandwidth)
 
 
 def greatest(logits_TV: torch.Tensor) -> torch.Tensor:

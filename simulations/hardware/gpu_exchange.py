@@ -18,6 +18,7 @@ from comms.codecs import CODECS
 from experts.kernels.combine import weighted_sum
 from experts.kernels.sort_by_slot import sort_by_slot
 from simulations.bench import bench_dispatch_gpu
+from simulations.bench.exchange_workload import GpuWorkload
 from simulations.hardware.gpu_meter import Meter
 from simulations.hardware.own_products import normal
 
@@ -34,7 +35,7 @@ def exchange_times(
     taken off. Bytes are the rows' payload.
     """
     hidden, gate = model.hidden_size, model.gate
-    workload = bench_dispatch_gpu.GpuWorkload(
+    workload = GpuWorkload(
         ranks=RANKS, tokens=tokens, hidden=hidden,
         num_experts=gate.num_experts, num_topk=gate.num_experts_per_token,
     )  # fmt: skip

@@ -11,11 +11,12 @@ import torch
 
 from cluster.model.config import MlaConfig, ModelConfig
 from cluster.model.cuda import fused
-from cluster.model.cuda.beside import beside
 from cluster.model.cuda.kernel_ops import KernelOps
+from cluster.model.cuda.mla import STORED_ASIDE
 from cluster.model.norm import RmsNorm
 from experts.kernels.choose import Tally, choose_slots
 from experts.kernels.linear import linear_fp32
+from experts.second_stream import Aside
 from simulations.hardware.gpu_grid import Grid
 from simulations.hardware.gpu_meter import Meter
 from simulations.hardware.gpu_timing import Call, Timing
@@ -101,7 +102,7 @@ class OwnRows:
 
     def _rotations(self, tokens: int) -> tuple[list[Call], list[Call]]:
         """Calls with the rotation, and of what else is in them."""
-        ops, attention, device = KernelOps(), self._model.attention, self._meter.device
+        ops, attention = KernelOps(), self._model.attention
         scene = Scene.decode(self._model, tokens, 1, 1, self._meter)
         (cache,), step = scene.caches, scene.step
         if not isinstance(attention, MlaConfig):
@@ -126,12 +127,11 @@ class OwnRows:
             ops.linears(nope, w_uk_NCM, out_TNO=q_TND[..., : c.kv_lora_rank])
 
         def both() -> None:
-            with beside(
-                lambda: ops.store_latents(latent_TX, query_TNX, latent_norm, step, cache, q_TND),
-                device,
-                tokens,
-            ):
-                product()
+            aside = Aside(self._meter.device, on=tokens <= STORED_ASIDE)
+            with aside:
+                ops.store_latents(latent_TX, query_TNX, latent_norm, step, cache, q_TND)
+            product()
+            aside.join()
 
         return [both], [product]
 

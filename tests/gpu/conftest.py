@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from comms.launch import RankPool
+from tests.gpu import float8_checkpoints
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,16 +30,45 @@ def cuda() -> torch.device:
     return torch.device("cuda")
 
 
+def need_two_gpus() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+
+
 @pytest.fixture
 def both_gpus():
     """Two of them, for one test at a time: kernels that wait for the other GPU hold up those of other
     tests, which wait as well, and all take turns for minutes."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA GPUs")
+    need_two_gpus()
     path = Path(tempfile.gettempdir()) / "expertmesh-both-gpus.lock"
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Two ranks, for tests that take both GPUs."""
+    need_two_gpus()
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> torch.device:
+    """A CPU, and a GPU where there is one."""
+    return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("cuda")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints by kind: "mla" and "gqa" in FP8, "mla-fp32" and "gqa-fp32" what they stand for."""
+    root = tmp_path_factory.mktemp("float8")
+    return {
+        f"{kind}{form}": float8_checkpoints.write(root / f"{kind}{form}", kind, float8=not form)
+        for kind in float8_checkpoints.KINDS
+        for form in ("", "-fp32")
+    }
 
 
 @pytest.fixture

@@ -12,8 +12,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cluster.config import CommsConfig
+from cluster.model.checkpoint import Checkpoint
+from cluster.model.config import ModelConfig
+from cluster.model.cuda.checkpoint import DeviceCheckpoint
+from cluster.model.cuda.transformer import CudaTransformer
+from cluster.model.loader import Loader
+from comms.topology import Topology
 from experts.float8 import dequantized, quantize_blocks
+from router.placement import Placement
+from tests.gpu.plain_ops import PlainOps
+from tests.model.solo import solo_groups
 
+KINDS = ["mla", "gqa"]
 HIDDEN, EXPERT, DENSE, VOCABULARY, EXPERTS = 256, 128, 384, 96, 4
 QUANTIZATION = {
     "activation_scheme": "dynamic",
@@ -121,3 +132,30 @@ def _gqa(config) -> dict[str, tuple[int, ...]]:
         "k_norm": (dim,),
         "o_proj": (HIDDEN, heads * dim),
     }
+
+
+def loader_of(checkpoint: Checkpoint, topology: Topology | None = None, **options) -> Loader:
+    """Of one rank, keeping FP8 unless the options say otherwise."""
+    return Loader(
+        checkpoint=checkpoint,
+        config=ModelConfig.from_dir(checkpoint.directory),
+        topology=topology or Topology(num_nodes=1, ranks_per_node=1),
+        dtype=torch.bfloat16,
+        **{"rank": 0, "keep_float8": True, **options},
+    )
+
+
+def load(directory, device, *, quantization=None, kernels: bool = False) -> CudaTransformer:
+    """The model of one rank, with plain torch for its kernels or with the kernels themselves."""
+    config, groups = ModelConfig.from_dir(directory), solo_groups()
+    placement = Placement.contiguous(config.num_moe_layers, config.num_experts, 1)
+    if kernels:
+        return CudaTransformer.load(
+            directory, config, groups, placement, CommsConfig(),
+            quantization=quantization, device=device,
+        )  # fmt: skip
+    with DeviceCheckpoint(directory, device) as checkpoint:
+        return CudaTransformer.build(
+            loader_of(checkpoint, keep_float8=quantization != "bfloat16"), groups, placement,
+            CommsConfig(), quantization=quantization, device=device, ops=PlainOps(),
+        )  # fmt: skip

@@ -25,7 +25,7 @@ class CopyRail:
 
     def __init__(self, idx: int, rails: list[CopyRail], size: int) -> None:
         self.idx, self.size, self._rails = idx, size, rails
-        self.rows = 0  # that crossed
+        self.rows = self.bytes = 0  # that came
         self.counts = torch.empty(0)
         rails.append(self)
 
@@ -42,6 +42,7 @@ class CopyRail:
                 assert self.outs[rail.idx].shape == rail.parts[self.idx].shape
                 self.outs[rail.idx].copy_(rail.parts[self.idx])
                 self.rows += len(self.outs[rail.idx])
+                self.bytes += self.outs[rail.idx].nbytes
 
     def abort(self) -> None: ...
 
@@ -78,6 +79,10 @@ def run_nodes(
         for dispatcher in ranks:
             dispatcher.expect(case.expected or max(1, *case.tokens))
         check_nodes(case, topology, ranks, inputs_of(case, step), device, step)
+    crossed = sum(dispatcher.bytes_sent["inter_node"] for dispatcher in ranks)
+    assert crossed == sum(dispatcher.rail.bytes for dispatcher in ranks) > 0
+    inside = [dispatcher.bytes_sent["intra_node"] for dispatcher in ranks]
+    assert all((num_bytes > 0) == (topology.ranks_per_node > 1) for num_bytes in inside)
     return ranks
 
 

@@ -120,6 +120,7 @@ def check_step(
 ) -> list[Tensor]:
     """Dispatch and combine on all ranks; returns the sums."""
     fixed = case.combine == "fixed"
+    before = [dispatcher.bytes_sent["intra_node"] for dispatcher in ranks]
     pending = [
         dispatcher.start_dispatch(
             source.x_TH.to(device),
@@ -151,7 +152,33 @@ def check_step(
         assert same_bits(out_TH, wanted_TH), f"sums of rank {rank}"
     for dispatcher in ranks:
         dispatcher.check()
+    check_bytes(case, ranks, inputs, before)
     return sums
+
+
+def check_bytes(
+    case: Case, ranks: list[SymmetricDispatcher], inputs: list[RankInput], before: list[int]
+) -> None:
+    """What was counted: a row once to each other rank that has a slot of it, and a sum back."""
+    needs = [_ranks_with_slots(source.slots_TK, case) for source in inputs]  # [T, W] of each rank
+    to_peers = (len(ranks) - 1) * ranks[0].num_rows
+    row_bytes = CODECS[case.dispatch_dtype].row_bytes(case.hidden, torch.bfloat16)
+    row_bytes += 4 * case.num_topk + 4 * (case.combine == "fixed")  # weights, range
+    for rank, (dispatcher, sent) in enumerate(zip(ranks, before, strict=True)):
+        rows = int(needs[rank].sum() - needs[rank][:, rank].sum())
+        sums = sum(int(mine[:, rank].sum()) for i, mine in enumerate(needs) if i != rank)
+        sent += rows * row_bytes + to_peers * case.num_topk * 4
+        back = dispatcher.bytes_sent["intra_node"] - sent
+        if case.combine == "node":
+            assert back == sums * case.hidden * 2, f"bytes of rank {rank}"
+        else:  # in 16 bits, in 32, or refused
+            assert 0 <= back - 4 * sums <= sums * case.hidden * 4
+            assert (back - 4 * sums) % (2 * case.hidden) == 0
+
+
+def _ranks_with_slots(slots_TK: Tensor, case: Case) -> Tensor:
+    rank_TK = slots_TK.div(case.slots_per_rank, rounding_mode="floor")
+    return (rank_TK[:, :, None] == torch.arange(len(case.tokens))).any(1)
 
 
 def one_rank_nodes(world_size: int) -> Topology:

@@ -1,5 +1,7 @@
 """Outputs of experts back to rows: the bits of the CPU's sums, "exact" and "fixed"."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,29 @@ class Case:
         return self.y_RKH.flatten(0, 1)[valid_P], pairs
 
 
+def check_normed(*arguments: Any) -> None:
+    """A sum that is normed in the same launch is the sum, then added to the rest and normed."""
+    from cluster.model.cuda.fused import add_rms_norm
+    from experts.kernels import combine
+
+    y_PH, pairs, weights_RK, range_R, extra_RH = arguments
+    residual_RH = torch.randn(*extra_RH.shape).to(
+        extra_RH
+    )  # from the host: there before any launch
+    gain_H = torch.randn(extra_RH.shape[1]).to(extra_RH)
+    unsummed = combine.Unsummed(
+        y_PH=y_PH, pairs=pairs, weights_RK=weights_RK, range_R=range_R, extra_RH=extra_RH
+    )
+    sum_RH = unsummed.sum()
+    found = unsummed.normed(residual_RH, gain_H, 1e-6)
+    expected = add_rms_norm(sum_RH, residual_RH, gain_H, 1e-6)
+    if found is None:
+        assert len(sum_RH) > combine._FEW_ROWS
+        return
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 def check(device: torch.device, sizes: list[tuple[int, int, int, int]] = SIZES) -> None:
     from experts.kernels.combine import weighted_sum as on_device
 
@@ -62,6 +87,7 @@ def check(device: torch.device, sizes: list[tuple[int, int, int, int]] = SIZES) 
             if size in SIZES:
                 out = on_device(y_PH, case.pairs, weights, extra_RH=case.extra_RH.to(device))
                 assert torch.equal(out.cpu(), expected + case.extra_RH)
+            check_normed(y_PH, case.pairs, weights, None, case.extra_RH.to(device))
 
 
 def check_fixed(device: torch.device, sizes: list[tuple[int, int, int, int]] = SIZES) -> None:
@@ -96,6 +122,7 @@ def check_fixed(device: torch.device, sizes: list[tuple[int, int, int, int]] = S
                 out = on_device(*arguments, range_R=range_R, extra_RH=extra).cpu()
                 expected = expected + case.extra_RH
                 torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+            check_normed(*arguments, range_R, case.extra_RH.to(device))
 
 
 def test_exact_sums_have_the_bits_of_the_cpu(cuda: torch.device) -> None:

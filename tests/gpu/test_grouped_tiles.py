@@ -34,7 +34,7 @@ def test_every_tile_gives_the_same_bits(cuda, mode: str, counts: tuple[int, ...]
         return down_rows(gate_up_rows(x, pairs, case.experts, first), pairs, case.experts, second)
 
     depth = 128 if float8 else 64
-    small = Tiles(rows=64, features=64, depth=depth, stages=3)
+    small = Tiles(rows=64, features=128, depth=depth, stages=3)
     kinds = [(small, small), plain_tiles(case.experts, quantized=float8)]
     if torch.cuda.get_device_capability(cuda) == (9, 0):
         sizes = ((64, 64, 8), (128, 64, 6), (128, 128, 4))

@@ -18,7 +18,6 @@ from cluster.model.config import ModelConfig
 from cluster.scripted import Change
 from comms.group import CommTimeout
 from comms.groups import ParallelGroups
-from comms.launch import RankPool
 from comms.store import host_store
 from tests.gpu.float8_checkpoints import write
 from tests.gpu.greedy import MOSAIC
@@ -26,12 +25,6 @@ from tests.gpu.served import configured, on_two, requests, with_few_graphs
 from tests.model.solo import make_batch, solo_groups
 
 pytestmark = pytest.mark.usefixtures("both_gpus")
-
-
-@pytest.fixture(scope="module")
-def pair():
-    with RankPool(2) as pool:
-        yield pool
 
 
 @cache

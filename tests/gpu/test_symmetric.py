@@ -203,6 +203,7 @@ def test_a_graph_is_replayed_with_other_inputs(cuda) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = layer()
+    once = [dispatcher.bytes_sent["intra_node"] for dispatcher in ranks]
     for i, step in enumerate(steps * 2):
         for parts, new in zip(fixed, step, strict=True):
             _overwrite(parts, new)
@@ -210,6 +211,8 @@ def test_a_graph_is_replayed_with_other_inputs(cuda) -> None:
         assert all(same_bits(a, b) for a, b in zip(outputs, wanted[i % 4], strict=True))
     assert not same_bits(wanted[0][0], wanted[1][0])
     ranks[0].check()
+    for dispatcher, num_bytes in zip(ranks, once, strict=True):
+        assert dispatcher.bytes_sent["intra_node"] == 3 * num_bytes > 0
 
 
 def _on(x, device) -> list[torch.Tensor]:
@@ -248,6 +251,9 @@ def _exchange(groups: ParallelGroups, case: Case) -> None:
         wanted = _in_one_process(twins, case, step, device)[groups.rank]
         assert same_bits(out_TH, wanted), f"step {step} of rank {groups.rank}"
         dispatcher.check()
+    assert dispatcher.bytes_sent == twins[groups.rank].bytes_sent
+    dispatcher.forget_bytes()
+    assert dispatcher.bytes_sent == {"intra_node": 0}
     groups.world.barrier()
 
 

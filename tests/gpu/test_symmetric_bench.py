@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from deploy.bench.dispatch_gpu import dispatch_gpu_command
-from simulations.bench.bench_dispatch_gpu import DEEPEP_US, GpuWorkload
+from simulations.bench.bench_dispatch_gpu import DEEPEP_US
+from simulations.bench.exchange_workload import GpuWorkload
 
 SMALL = {"tokens": (48,), "hidden": 256, "num_experts": 8, "num_topk": 2}
 

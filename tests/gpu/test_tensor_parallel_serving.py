@@ -6,16 +6,9 @@ import pytest
 
 pytest.importorskip("zmq", reason="needs what the engine needs")
 
-from comms.launch import RankPool
 from tests.gpu.served import configured, on_two, requests, with_few_graphs
 
 pytestmark = pytest.mark.usefixtures("both_gpus")
-
-
-@pytest.fixture(scope="module")
-def pair():
-    with RankPool(2) as pool:
-        yield pool
 
 
 def test_every_request_gets_its_own_tokens_in_any_company(pair):

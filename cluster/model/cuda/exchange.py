@@ -41,6 +41,13 @@ class RankExchange(Protocol):
     def expect(self, num_rows: int, form: int = 0) -> None:
         """The coming pass, run or captured: rows of every rank, and which of the forms it has."""
 
+    @property
+    def bytes_sent(self) -> dict[str, int]:
+        """By this rank since the start: "intra_node", and "inter_node" where there are several."""
+
+    def forget_bytes(self) -> None:
+        """Count from zero again."""
+
     def check(self) -> None:
         """Raise CommTimeout or CommError if a peer failed in a pass that is over."""
 
@@ -60,6 +67,9 @@ class Dispatcher(Protocol):
 
     turn: int
 
+    @property
+    def bytes_sent(self) -> dict[str, int]: ...
+    def forget_bytes(self) -> None: ...
     def expect(self, max_tokens: int | None) -> int: ...
     def dispatch(
         self, x_TH: Tensor, slots_TK: Tensor, weights_TK: Tensor, range_T: Tensor | None
@@ -80,6 +90,13 @@ class ExpertExchange:
     def expect(self, num_rows: int, form: int = 0) -> None:
         self.dispatcher.expect(num_rows)
         self.dispatcher.turn = form
+
+    @property
+    def bytes_sent(self) -> dict[str, int]:
+        return self.dispatcher.bytes_sent
+
+    def forget_bytes(self) -> None:
+        self.dispatcher.forget_bytes()
 
     def check(self) -> None:
         """A replayed graph does not look by itself."""
@@ -132,18 +149,9 @@ def connect_exchange(
     Raises UnsupportedModelError for what the kernels cannot do, and what `connect_dispatcher` does.
     """
     assert groups.store is not None, "ranks that meet have a store"
-    try:
-        layout = SymmetricLayout(
-            world_size=groups.topology.world_size,
-            slots_per_rank=placement.slots_per_rank,
-            hidden=config.hidden_size,
-            num_topk=config.gate.num_experts_per_token,
-            capacity=capacity,
-            dispatch_dtype="float8" if float8 else "bfloat16",
-            combine=options.combine,  # type: ignore[arg-type]  # it says what there is
-        )
-    except ValueError as error:
-        raise UnsupportedModelError(f"experts on several GPUs: {error}") from None
+    layout = exchange_layout(
+        config, groups.topology.world_size, placement, options, float8=float8, capacity=capacity
+    )
     dispatcher = connect_dispatcher(
         groups.topology,
         layout,
@@ -154,3 +162,27 @@ def connect_exchange(
         timeout_s=options.timeout_s,
     )
     return ExpertExchange(dispatcher, config.num_moe_layers)
+
+
+def exchange_layout(
+    config: ModelConfig,
+    world_size: int,
+    placement: Placement,
+    options: ExchangeOptions,
+    *,
+    float8: bool,
+    capacity: int,
+) -> SymmetricLayout:
+    """What ranks that exchange this model's rows agree on; raises as `connect_exchange`."""
+    try:
+        return SymmetricLayout(
+            world_size=world_size,
+            slots_per_rank=placement.slots_per_rank,
+            hidden=config.hidden_size,
+            num_topk=config.gate.num_experts_per_token,
+            capacity=capacity,
+            dispatch_dtype="float8" if float8 else "bfloat16",
+            combine=options.combine,  # type: ignore[arg-type]  # it says what there is
+        )
+    except ValueError as error:
+        raise UnsupportedModelError(f"experts on several GPUs: {error}") from None

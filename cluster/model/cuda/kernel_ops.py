@@ -7,13 +7,13 @@ from torch import Tensor
 from cluster.model.cuda import fused
 from cluster.model.cuda.attention import AttentionMeta, paged_attention
 from cluster.model.cuda.inputs import StepInputs
-from cluster.model.cuda.ops import ExpertLayer, Ops, Step
+from cluster.model.cuda.ops import Added, ExpertLayer, Ops, Step
 from cluster.model.cuda.slots import DeviceSlots
 from cluster.model.cuda.weights import Matrix
 from cluster.model.kv_cache import LayerCache
 from cluster.model.norm import RmsNorm
 from experts.cuda_moe import CudaMoELayer, Exchange, SharedExpert
-from experts.kernels import linear
+from experts.kernels import combine, linear
 from router.gate import Gate
 from router.placement import LayerPlacement
 
@@ -31,8 +31,14 @@ class KernelOps(Ops):
         return fused.rms_norm(x_TH, weight_H, eps)
 
     def add_rms_norm(
-        self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
+        self, x_TH: Added, residual_TH: Tensor, weight_H: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
+        if isinstance(x_TH, combine.Unsummed):
+            found = x_TH.normed(residual_TH, weight_H, eps)
+            if found is not None:
+                return found
+        if not isinstance(x_TH, Tensor):
+            x_TH = x_TH.sum()
         return fused.add_rms_norm(x_TH, residual_TH, weight_H, eps)
 
     def silu_and_multiply(self, gate_up: Tensor) -> Tensor:

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cluster.model.config import MlaConfig
-from cluster.model.cuda.beside import beside
 from cluster.model.cuda.ops import Ops, Step
 from cluster.model.cuda.weights import Matrix
 from cluster.model.kv_cache import LayerCache
 from cluster.model.norm import RmsNorm
+from experts.second_stream import Aside
+
+STORED_ASIDE = 256
+"""Rows up to which storing them and their query's product run at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,10 @@ class CudaMla:
         query_TNX = query_TQ.unflatten(1, (len(self.w_uk_NCM), -1))
         nope = c.qk_nope_head_dim
         q_TND = x_TH.new_empty(len(x_TH), len(self.w_uk_NCM), latent + c.qk_rope_head_dim)
-
-        def store() -> None:
+        aside = Aside(x_TH.device, on=len(x_TH) <= STORED_ASIDE)
+        with aside:
             ops.store_latents(latent_TD, query_TNX, self.latent_norm, step, cache, q_TND)
-
-        with beside(store, x_TH.device, len(x_TH)):
-            ops.linears(query_TNX[..., :nope], self.w_uk_NCM, out_TNO=q_TND[..., :latent])
+        ops.linears(query_TNX[..., :nope], self.w_uk_NCM, out_TNO=q_TND[..., :latent])
+        aside.join()
         out_TNC = ops.attention(q_TND, cache, step.plan, c.softmax_scale, latent)
         return ops.linear(ops.linears(out_TNC, self.w_uv_NVC).flatten(1), self.w_out)

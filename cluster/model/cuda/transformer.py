@@ -294,6 +294,17 @@ class CudaTransformer(Reports):
                 for form in range(self.exchange.forms if self.exchange else 1):
                     self.graphs.captured(rows, 1, kv, self.outputs, form)
 
+    def bytes_sent(self) -> dict[str, int]:
+        """By this rank since the start, to bring tokens to experts and back, inside nodes and between. Waits for
+        the device."""
+        sent = {} if self.exchange is None else self.exchange.bytes_sent
+        return {"intra_node": 0, "inter_node": 0, **sent}
+
+    def forget_bytes(self) -> None:
+        """Count from zero again."""
+        if self.exchange is not None:
+            self.exchange.forget_bytes()
+
     def close(self) -> None:
         """There will be no other pass."""
         if self.graphs is not None:
