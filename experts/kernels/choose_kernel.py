@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from experts.kernels.early import let_next_start, wait_for_inputs
+from experts.kernels.prefetch import prefetch
 
 _NOTHING: tl.constexpr = tl.constexpr(-(2**63))
 """Below the key of every expert: what was taken, and places that no expert has."""
@@ -28,6 +29,15 @@ def choose_experts(  # type: ignore[no-untyped-def]
     COUNTED: tl.constexpr, SLOTS: tl.constexpr, RANGE: tl.constexpr,
     TALLY: tl.constexpr, MOST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    group, inside = tl.arange(0, G_PAD), tl.arange(0, E_PAD)
+    expert = group[:, None] * (E // G) + inside[None, :]
+    exists = (group[:, None] < G) & (inside[None, :] < E // G)
+    if SLOTS:
+        prefetch(table + tl.minimum(expert, E - 1), EARLY)
+    if RANGE:
+        prefetch(gains + tl.minimum(expert, E - 1), EARLY)
+    if BIAS:
+        prefetch(bias + tl.minimum(expert, E - 1), EARLY)
     wait_for_inputs(EARLY)
     let_next_start(EARLY)
     row, place = tl.program_id(0).to(tl.int64), tl.arange(0, K_PAD)
@@ -38,9 +48,6 @@ def choose_experts(  # type: ignore[no-untyped-def]
     at = row * K + place
     wanted = place < K
     if real:
-        group, inside = tl.arange(0, G_PAD), tl.arange(0, E_PAD)
-        expert = group[:, None] * (E // G) + inside[None, :]
-        exists = (group[:, None] < G) & (inside[None, :] < E // G)
         found = _logits(logits + row * E + expert, exists, num_rows * E, PARTS)
         peak, total = 0.0, 1.0
         if not SIGMOID:

@@ -13,6 +13,8 @@ R rows, H hidden, K experts per token, P places, B programs of a row.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import triton
@@ -43,6 +45,54 @@ def weighted_sum(
     A row without a pair here is zero. With `range_R` (fp32) the sum is the associative one; with
     `extra_RH` (bf16) that is added. Raises ValueError for shapes that do not fit together.
     """
+    return _launch(y_PH, pairs, weights_RK, range_R, extra_RH, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """What is made of a sum: it is added to residual_RH bf16, and normed with gain_H and eps."""
+
+    residual_RH: Tensor
+    gain_H: Tensor
+    eps: float
+    added_RH: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unsummed:
+    """The arguments of a `weighted_sum`, for whoever has more to do with each row of it."""
+
+    y_PH: Tensor
+    pairs: SortedPairs
+    weights_RK: Tensor
+    range_R: Tensor | None
+    extra_RH: Tensor | None
+
+    def sum(self) -> Tensor:
+        return _launch(self.y_PH, self.pairs, self.weights_RK, self.range_R, self.extra_RH, None)
+
+    def normed(
+        self, residual_RH: Tensor, gain_H: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """(norm of the sum + residual, that sum) in the same launch, None where programs have no whole
+        rows; the bits of `sum` and `add_rms_norm`."""
+        num_rows, hidden = residual_RH.shape
+        if not 0 < num_rows <= _FEW_ROWS or hidden > _WHOLE or not residual_RH.is_contiguous():
+            return None
+        added_RH = torch.empty_like(residual_RH)
+        norm = Norm(residual_RH=residual_RH, gain_H=gain_H, eps=eps, added_RH=added_RH)
+        arguments = (self.y_PH, self.pairs, self.weights_RK, self.range_R, self.extra_RH)
+        return _launch(*arguments, norm), added_RH
+
+
+def _launch(
+    y_PH: Tensor,
+    pairs: SortedPairs,
+    weights_RK: Tensor,
+    range_R: Tensor | None,
+    extra_RH: Tensor | None,
+    norm: Norm | None,
+) -> Tensor:
     num_rows, num_topk = pairs.place_RK.shape
     hidden = y_PH.shape[1]
     if tuple(weights_RK.shape) != (num_rows, num_topk) or weights_RK.dtype != torch.float32:
@@ -54,28 +104,32 @@ def weighted_sum(
         return out_RH
     extra = out_RH if extra_RH is None else extra_RH
     weights_RK = weights_RK.contiguous()
-    whole = range_R is not None and num_rows <= _FEW_ROWS and hidden <= _WHOLE
+    whole = (range_R is not None or norm is not None) and num_rows <= _FEW_ROWS and hidden <= _WHOLE
     block = triton.next_power_of_2(hidden)
     if not whole:
         block = min(_NARROW if num_rows <= _FEW_ROWS else _WIDE, block)
     tiles = triton.cdiv(hidden, block)
     sizes = {
         "H": hidden, "K": num_topk, "K_PAD": triton.next_power_of_2(num_topk), "BLOCK": block,
-        "EXTRA": extra_RH is not None,
+        "EXTRA": extra_RH is not None, "NORM": norm is not None,
     }  # fmt: skip
     options = {
         "num_warps": max(1, block // 256), "enable_fp_fusion": False, **early(y_PH.device),
     }  # fmt: skip
+    then = (out_RH, out_RH, out_RH, 0.0)  # never looked at
+    if norm is not None:
+        then = (norm.residual_RH, norm.gain_H, norm.added_RH, norm.eps)
     if range_R is None:
         exact[(num_rows, tiles)](
-            y_PH, pairs.place_RK, weights_RK, extra, out_RH, FEW=_FEW, **sizes, **options
+            y_PH, pairs.place_RK, weights_RK, extra, out_RH, *then, FEW=_FEW, **sizes, **options
         )
         return out_RH
     large_RB = torch.empty((num_rows, tiles), dtype=torch.int32, device=y_PH.device)
     arguments = (y_PH, pairs.place_RK, weights_RK, range_R, extra, out_RH, large_RB)
     sizes["LIMIT"] = greatest_summand(num_topk)
-    fixed[(num_rows, tiles)](*arguments, WHOLE=whole, FEW=_FEW, **sizes, **options)
+    fixed[(num_rows, tiles)](*arguments, *then, WHOLE=whole, FEW=_FEW, **sizes, **options)
     if not whole:
+        del sizes["NORM"]
         fixed_large[(triton.cdiv(num_rows, _ROWS),)](
             *arguments, num_rows, ROWS=_ROWS, TILES=tiles,
             TILES_PAD=triton.next_power_of_2(tiles), **sizes, **options,

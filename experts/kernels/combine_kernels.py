@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from experts.kernels.early import let_next_start, wait_for_inputs
+from experts.kernels.norm import normed
 
 _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)
 """1.5 * 2^23: what is added to it, up to 2^22, is rounded to a whole number in its lowest bits."""
@@ -22,16 +23,18 @@ _LARGE_BITS: tl.constexpr = tl.constexpr(0x4A800000)  # of 2^22
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def exact(  # type: ignore[no-untyped-def]
-    y, place_in, weights, extra, out,
+    y, place_in, weights, extra, out, residual, gain, added_out, eps,
     H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
-    EXTRA: tl.constexpr, EARLY: tl.constexpr,
+    EXTRA: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs(EARLY)
-    let_next_start(EARLY)
+    """NORM: as `fixed` has it."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < H
+    gains = _gains(gain, at, inside, NORM)
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     total = tl.zeros([BLOCK], tl.float32)
-    if number_here(place_in, row, K, K_PAD) <= FEW:
+    if _are_few(place_in, row, FEW, K, K_PAD, NORM):
         for k in tl.static_range(K):
             place = tl.load(place_in + row * K + k)
             if place >= 0:
@@ -43,26 +46,32 @@ def exact(  # type: ignore[no-untyped-def]
             here = inside & (place + 0 * at >= 0)
             values = values_of(y, place, at, here, H)
             total += tl.where(here, values * tl.load(weights + row * K + k), 0.0)
-    store_sum(out, extra, total, row, at, inside, H, EXTRA)
+    if NORM:
+        rounded = rounded_sum(extra, total, row, at, inside, H, EXTRA)
+        _store_norm(rounded, residual, gains, added_out, out, eps, row, at, inside, H, BLOCK)
+    else:
+        store_sum(out, extra, total, row, at, inside, H, EXTRA)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def fixed(  # type: ignore[no-untyped-def]
-    y, place_in, weights, ranges, extra, out, large_out,
+    y, place_in, weights, ranges, extra, out, large_out, residual, gain, added_out, eps,
     LIMIT: tl.constexpr, WHOLE: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
-    EXTRA: tl.constexpr, EARLY: tl.constexpr,
+    EXTRA: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Right if no summand is beyond 2^22 steps. `large_out` says where one is, for `fixed_large`; a
-    program that has a WHOLE row sees to it at once."""
-    wait_for_inputs(EARLY)
-    let_next_start(EARLY)
+    program that has a WHOLE row sees to it at once. NORM: it also adds the residual stream, to `added_out`,
+    and `out` is that sum's norm."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < H
+    gains = _gains(gain, at, inside, NORM)
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     steps, step = _steps(ranges + row)
     total = tl.zeros([BLOCK], tl.int32)
     peak = tl.zeros([BLOCK], tl.int32)
-    if number_here(place_in, row, K, K_PAD) <= FEW:
+    if _are_few(place_in, row, FEW, K, K_PAD, NORM):
         for k in tl.static_range(K):
             place = tl.load(place_in + row * K + k)
             if place >= 0:
@@ -81,7 +90,15 @@ def fixed(  # type: ignore[no-untyped-def]
             total += (scaled + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS
             peak = tl.maximum(peak, scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     is_large = tl.max(peak, 0) > _LARGE_BITS  # a NaN is
-    if WHOLE:
+    if NORM:
+        rounded = rounded_sum(extra, total.to(tl.float32) * step, row, at, inside, H, EXTRA)
+        if is_large:
+            _fixed_row(y, place_in, weights, ranges, extra, out, row, LIMIT, H, K, BLOCK, EXTRA)
+            tl.debug_barrier()  # what other threads have stored is read
+            rounded = tl.load(out + row * H + at, mask=inside, other=0.0)
+            tl.debug_barrier()
+        _store_norm(rounded, residual, gains, added_out, out, eps, row, at, inside, H, BLOCK)
+    elif WHOLE:
         if is_large:
             _fixed_row(y, place_in, weights, ranges, extra, out, row, LIMIT, H, K, BLOCK, EXTRA)
         else:
@@ -157,6 +174,17 @@ def number_here(place_in, row, K: tl.constexpr, K_PAD: tl.constexpr):  # type: i
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _are_few(  # type: ignore[no-untyped-def]
+    place_in, row, FEW: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, NORM: tl.constexpr
+):
+    """Whether most pairs of the row are elsewhere; who norms is alone, and has them all."""
+    few = False
+    if not NORM:
+        few = number_here(place_in, row, K, K_PAD) <= FEW
+    return few
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def values_of(y, place, at, here, H: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.load(y + place.to(tl.int64) * H + at, mask=here, other=0.0).to(tl.float32)
 
@@ -172,8 +200,36 @@ def _rounded(x):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def store_sum(out, extra, total, row, at, inside, H: tl.constexpr, EXTRA: tl.constexpr):  # type: ignore[no-untyped-def]
+    rounded = rounded_sum(extra, total, row, at, inside, H, EXTRA)
+    tl.store(out + row * H + at, rounded, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def rounded_sum(extra, total, row, at, inside, H: tl.constexpr, EXTRA: tl.constexpr):  # type: ignore[no-untyped-def]
     rounded = total.to(tl.bfloat16)
     if EXTRA:
         more = tl.load(extra + row * H + at, mask=inside, other=0.0).to(tl.float32)
         rounded = (rounded.to(tl.float32) + more).to(tl.bfloat16)
-    tl.store(out + row * H + at, rounded, mask=inside)
+    return rounded
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _gains(gain, at, inside, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the norm: nobody writes them, they are read before the kernel ahead has ended."""
+    gains = at
+    if NORM:
+        gains = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
+    return gains
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _store_norm(  # type: ignore[no-untyped-def]
+    rounded, residual, gains, added_out, out, eps, row, at, inside,
+    H: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `cluster/model/cuda/fused.py` adds and norms."""
+    before = tl.load(residual + row * H + at, mask=inside, other=0.0).to(tl.float32)
+    added = tl.where(inside, before + rounded.to(tl.float32), 0.0).to(tl.bfloat16)
+    tl.store(added_out + row * H + at, added, mask=inside)
+    norm = normed(added.to(tl.float32), gains, eps, H, BLOCK)
+    tl.store(out + row * H + at, norm.to(tl.bfloat16), mask=inside)

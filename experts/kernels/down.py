@@ -24,10 +24,9 @@ def down(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     num_blocks: tl.constexpr = H // FEATURES
-    begins, limits, reads, tiles, until = all_slots(ends, buffers, num_slots, SLOTS, ROWS)
-    # The kernel before this one lets it start when what it waited for is there: so are the ends.
     wait_for_inputs(EARLY)
     let_next_start(EARLY)
+    begins, limits, reads, tiles, until = all_slots(ends, buffers, num_slots, SLOTS, ROWS)
     for work in range(tl.program_id(0), tl.max(until, 0) * num_blocks, tl.num_programs(0)):
         buffer, block, first, end = tile_of(
             work, begins, limits, reads, tiles, until, num_blocks, ROWS

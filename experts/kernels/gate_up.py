@@ -32,7 +32,7 @@ def gate_up(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     num_blocks: tl.constexpr = I // FEATURES
     wait_for_inputs(EARLY)
-    let_next_start(EARLY)  # not before: `down` relies on it
+    let_next_start(EARLY)
     begins, limits, reads, tiles, until = all_slots(ends, buffers, num_slots, SLOTS, ROWS)
     for work in range(tl.program_id(0), tl.max(until, 0) * num_blocks, tl.num_programs(0)):
         buffer, block, first, end = tile_of(

@@ -1,9 +1,9 @@
 # ruff: noqa: ANN001, ANN201, ANN202  (what Triton compiles has no Python types)
 """What the warp-specialised kernels share: written in Gluon, Triton's lower level, for Hopper GPUs.
 
-One group of warps fetches tiles into a ring of stages in shared memory: rows, and two blocks of weights
-(of gate and up, or of out-features). One or two others multiply what has arrived, 64 rows each. A
-stage has two barriers: `full` says that its bytes are there, `empty` that all have read them.
+One group of warps fetches tiles into a ring of stages in shared memory: rows, in FP8 with their scales, and
+two blocks of weights (of gate and up, or of out-features). Two others multiply what has arrived, 64 rows at
+a time. A stage has two barriers: `full` says that its bytes are there, `empty` that all have read them.
 
 Legend: S slots, as experts/kernels/tiles.py.
 """

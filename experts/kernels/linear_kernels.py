@@ -10,7 +10,11 @@ import triton
 import triton.language as tl
 
 from experts.kernels.early import let_next_start, wait_for_inputs
+from experts.kernels.prefetch import prefetch
 from experts.kernels.product import product
+
+LINE: tl.constexpr = tl.constexpr(32)
+"""Numbers that are asked for at once, 128 bytes of fp32."""
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -23,8 +27,6 @@ def by_pointers(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One tile of outputs and tokens: all parts of it, or (SPREAD) one part, the last adding all up if they are
     to be JOINED."""
-    wait_for_inputs(EARLY)
-    let_next_start(EARLY)
     o_tiles, t_tiles = tl.cdiv(outputs, BLOCK_O), tl.cdiv(num_tokens, BLOCK_T)
     o_tile, t_tile = _place(tl.program_id(0), o_tiles, t_tiles)
     number = tl.program_id(1).to(tl.int64)
@@ -36,6 +38,12 @@ def by_pointers(  # type: ignore[no-untyped-def]
     o_read = tl.where(o_here, o, o_tile * BLOCK_O).to(tl.int64)
     t_read = tl.where(t_here, t, t_tile * BLOCK_T).to(tl.int64)
     w_rows = w + (number * outputs + o_read[:, None]) * inputs
+    if SPREAD:
+        line = tl.arange(0, BLOCK_I // LINE)[None, :] * LINE
+        for i in range(tl.program_id(2) * part_size, (tl.program_id(2) + 1) * part_size, BLOCK_I):
+            prefetch(w_rows + tl.minimum(i + line, inputs - 1), EARLY)
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     x_rows = x + number * x_number + t_read[:, None] * x_token
     if SCALED:
         blocks = tl.cdiv(inputs, 128)

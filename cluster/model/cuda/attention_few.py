@@ -3,7 +3,8 @@
 
 One program of `attend` would take the tiles of a token's keys one after the other. Here `score` gives each
 tile of keys a program; then `weigh` gives each few channels of the values one, which walks over the tiles'
-scores as `attend` does over its own. No number is added to others in another order.
+scores as `attend` does over its own. No number is added to others in another order. What the step's inputs
+say, where keys lie, is read before the kernel ahead has ended: no kernel of a step writes it.
 
 Legend: T tokens, N query heads, C and R channels of a key, V channels of a value.
 """
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from cluster.model.cuda.attention_kernels import slots_of, softmax_step, weights_of
 from experts.kernels.early import let_next_start, wait_for_inputs
+from experts.kernels.prefetch import prefetch
 from experts.kernels.product import INTERPRETED, product
 
 
@@ -27,29 +29,35 @@ def score(  # type: ignore[no-untyped-def]
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """scores [T, N, keys]: of a token's heads and a tile of its keys, times `scale`; -1e30 beyond its last."""
-    wait_for_inputs(EARLY)
-    let_next_start(EARLY)
     token, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1) // HEAD_BLOCKS
     position, sequence, exists = _token(positions, sequences, num_real)
     head, here = _heads(tl.program_id(1), HEADS, HEAD_BLOCKS, ROWS, group)
     c, r, key = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R), tl.arange(0, KEYS)
+    LINES: tl.constexpr = BLOCK_C // 32 if BLOCK_C > 32 else 1  # of 128 bytes: twice those of C
+    table = tables + sequence * table_stride
+    end = tl.where(exists, position + 1, 0)
+    first = tl.program_id(2) * KEYS
+    slot = slots_of(table, first + key, end, BLOCK_SIZE)
+    keys += kv_head.to(tl.int64) * key_stride
+    line = tl.arange(0, LINES)[None, :] * 64
+    prefetch(keys + slot[:, None] * (C + R) + tl.minimum(line, C + R - 1), EARLY)
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     at_q = q + (token * num_heads + head[:, None]) * (C + R)
     q_c = tl.load(at_q + c[None, :], mask=here[:, None] & (c < C)[None, :], other=0.0)
     q_r = q_c
     if R > 0:
         q_r = tl.load(at_q + C + r[None, :], mask=here[:, None] & (r < R)[None, :], other=0.0)
-    keys += kv_head.to(tl.int64) * key_stride
-    table = tables + sequence * table_stride
-    end = tl.where(exists, position + 1, 0)
-    for start in range(tl.program_id(2) * KEYS, end, tl.num_programs(2) * KEYS):
+    for start in range(first, end, tl.num_programs(2) * KEYS):
         at = start + key
-        k_rows = keys + slots_of(table, at, end, BLOCK_SIZE)[:, None] * (C + R)
+        k_rows = keys + slot[:, None] * (C + R)
         k_here = (at < end)[:, None]
         k_c = tl.load(k_rows + c[None, :], mask=k_here & (c < C)[None, :], other=0.0)
         found = product(q_c, k_c, tl.zeros([ROWS, KEYS], tl.float32))
         if R > 0:
             k_r = tl.load(k_rows + C + r[None, :], mask=k_here & (r < R)[None, :], other=0.0)
             found = product(q_r, k_r, found)
+        slot = slots_of(table, at + tl.num_programs(2) * KEYS, end, BLOCK_SIZE)
         found = tl.where(at[None, :] <= position, found * scale, -1e30)
         at_scores = scores + (token * num_heads + head[:, None]) * score_stride + at[None, :]
         tl.store(at_scores, found, mask=here[:, None])
@@ -67,8 +75,6 @@ def weigh(  # type: ignore[no-untyped-def]
 
     ROW: channels from one cached value to the next.
     """
-    wait_for_inputs(EARLY)
-    let_next_start(EARLY)
     token, splits = tl.program_id(0).to(tl.int64), tl.cdiv(V, CHANNELS)
     position, sequence, exists = _token(positions, sequences, num_real)
     block, split = tl.program_id(1) // splits, tl.program_id(1) % splits
@@ -76,14 +82,16 @@ def weigh(  # type: ignore[no-untyped-def]
     v, key = split * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, KEYS)
     first = tl.program_id(2) * PART
     end = tl.where(exists, tl.minimum(position + 1, first + PART), 0)
+    table = tables + sequence * table_stride
+    slot = slots_of(table, first + key, end, BLOCK_SIZE)
+    wait_for_inputs(EARLY)
+    let_next_start(EARLY)
     if first < end:
         values += (block // HEAD_BLOCKS).to(tl.int64) * value_stride
-        table = tables + sequence * table_stride
         at_scores = scores + (token * num_heads + head[:, None]) * score_stride
         peak = tl.full([ROWS], -1e30, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, CHANNELS], tl.float32)
-        slot = slots_of(table, first + key, end, BLOCK_SIZE)
         for start in range(first, end, KEYS):
             at = start + key
             v_here = (at < end)[:, None] & (v < V)[None, :]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.model.cuda.rotate import RopeTable, gqa_write, mla_write
 from experts.kernels.early import early, let_next_start, wait_for_inputs
+from experts.kernels.norm import normed
 
 __all__ = [
     "RopeTable",
@@ -66,7 +67,8 @@ def _launch_norm(
         block = triton.next_power_of_2(channels)
         _rms_norm[(num_rows,)](
             x_TH, residual_TH, weight, out, sums, x_TH.stride(0), eps,
-            H=channels, BLOCK=block, num_warps=min(8, max(1, block // 512)), **early(x_TH.device),
+            H=channels, BLOCK=block, num_warps=min(8, max(1, block // 512)),
+            enable_fp_fusion=False, **early(x_TH.device),
         )  # fmt: skip
 
 
@@ -86,9 +88,8 @@ def _rms_norm(  # type: ignore[no-untyped-def]
         added = tl.load(residual + row * H + h, mask=here, other=0.0).to(tl.float32)
         x_row = (added + x_row.to(tl.float32)).to(x_row.dtype)
         tl.store(sums + row * H + h, x_row, mask=here)
-    values = x_row.to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(values * values, 0) / H + eps)
-    tl.store(out + row * H + h, (values * inverse * gain).to(out.dtype.element_ty), mask=here)
+    norm = normed(x_row.to(tl.float32), gain, eps, H, BLOCK)
+    tl.store(out + row * H + h, norm.to(out.dtype.element_ty), mask=here)
 
 
 def silu_and_multiply(gate_up: Tensor) -> Tensor:

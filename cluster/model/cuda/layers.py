@@ -17,7 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from cluster.model.cuda.ops import Ops, Step
+from cluster.model.cuda.ops import LeavesSum, Ops, Step
 from cluster.model.cuda.replica import Mlp, Replica, Stream
 from cluster.model.cuda.weights import Matrix
 from cluster.model.kv_cache import LayerCache
@@ -61,4 +61,6 @@ class CudaLayer:
         rows_TH, x_OH = self.replica.gather(stream, self.attention_norm)
         parts_TH = self.attention(rows_TH, step, cache)
         normed_OH, x_OH = self.replica.scatter(parts_TH, x_OH, self.mlp_norm)
+        if isinstance(self.mlp, LeavesSum):
+            return Stream(x_OH, self.mlp.unsummed(normed_OH, step.own_tokens))
         return Stream(x_OH, self.mlp.forward(normed_OH, step.own_tokens))

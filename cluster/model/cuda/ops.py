@@ -10,7 +10,7 @@ V of a value, F rotary frequencies, L positions, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -37,6 +37,23 @@ class Step:
     own_tokens: Tensor | None = None
 
 
+class Unsummed(Protocol):
+    """Rows whose sum over experts is still to be made: whoever norms them can do so meanwhile."""
+
+    def sum(self) -> Tensor: ...
+
+
+Added = Tensor | Unsummed
+"""What a block of a layer leaves to be added to the residual stream, bfloat16."""
+
+
+@runtime_checkable
+class LeavesSum(Protocol):
+    """An MLP that can leave its sum to the next norm."""
+
+    def unsummed(self, x_OH: Tensor, num_tokens: Tensor | None = None) -> Added: ...
+
+
 class Ops(Protocol):
     """A row's bits depend on that row alone, in all of them."""
 
@@ -49,7 +66,7 @@ class Ops(Protocol):
     def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor: ...
 
     def add_rms_norm(
-        self, x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
+        self, x_TH: Added, residual_TH: Tensor, weight_H: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """(norm of x + residual, their sum)."""
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
-from cluster.model.cuda.ops import Ops
+from cluster.model.cuda.ops import Added, Ops
 from cluster.model.cuda.weights import Matrix
 from cluster.model.norm import RmsNorm
 
@@ -23,14 +23,19 @@ class Stream(NamedTuple):
     """Own rows of the residual stream: x_OH, and what is still to be added to it, None if nothing is."""
 
     x_OH: Tensor
-    added_OH: Tensor | None = None
+    added_OH: Added | None = None
 
     def rows(self, rows_L: Tensor) -> Stream:
         """Some rows of it."""
-        x_LH = self.x_OH.index_select(0, rows_L)
-        return Stream(
-            x_LH, None if self.added_OH is None else self.added_OH.index_select(0, rows_L)
-        )
+        x_LH, added_OH = self.x_OH.index_select(0, rows_L), self.summed_OH
+        return Stream(x_LH, None if added_OH is None else added_OH.index_select(0, rows_L))
+
+    @property
+    def summed_OH(self) -> Tensor | None:
+        """`added_OH` as rows."""
+        if self.added_OH is None or isinstance(self.added_OH, Tensor):
+            return self.added_OH
+        return self.added_OH.sum()
 
     def normed(self, norm: RmsNorm, ops: Ops) -> tuple[Tensor, Tensor]:
         """(norm of the sum, the sum)."""

@@ -24,6 +24,7 @@ from cluster.model.norm import RmsNorm
 from cluster.model.shards import shard
 from comms.groups import ParallelGroups
 from comms.store import PrefixStore
+from comms.symmetric_rows_layout import RowsLayout
 
 
 class Rows(Protocol):
@@ -67,7 +68,7 @@ class DividedReplica:
         return Stream(self.rows.scatter(found_TH.masked_fill_(elsewhere_T1, 0))[1])
 
     def gather(self, stream: Stream, norm: RmsNorm) -> tuple[Tensor, Tensor]:
-        return self.rows.gather(stream.x_OH, stream.added_OH, norm)
+        return self.rows.gather(stream.x_OH, stream.summed_OH, norm)
 
     def scatter(self, parts_TH: Tensor, x_OH: Tensor, norm: RmsNorm) -> tuple[Tensor, Tensor]:
         return self.rows.scatter(parts_TH, x_OH, norm)
@@ -122,18 +123,11 @@ def connect_replica(
     if size == 1:
         return OneRank(ops=ops)
     from comms.symmetric_rows import SymmetricRows
-    from comms.symmetric_rows_layout import RowsLayout
     from experts.kernels.early import early
 
     assert groups.store is not None, "ranks that meet have a store"
-    layout = RowsLayout(
-        world_size=size,
-        hidden=config.hidden_size,
-        vocab_size=config.vocab_size,
-        capacity=capacity,
-    )
     rows = SymmetricRows.connect(
-        layout,
+        rows_layout(config, size, capacity),
         PrefixStore(f"replica{groups.tp.ranks[0]}", groups.store),
         groups.tp.idx,
         device,
@@ -144,4 +138,14 @@ def connect_replica(
     )
     return DividedReplica(
         rows=rows, size=size, idx=groups.tp.idx, vocab_size=config.vocab_size, ops=ops
+    )
+
+
+def rows_layout(config: ModelConfig, size: int, capacity: int) -> RowsLayout:
+    """What `size` ranks that share this model's replica agree on."""
+    return RowsLayout(
+        world_size=size,
+        hidden=config.hidden_size,
+        vocab_size=config.vocab_size,
+        capacity=capacity,
     )
