@@ -13,8 +13,7 @@ Rules, or results are wrong now and then:
 - Every program of the kernel waits (`wait_for_inputs`), also one that has nothing to do. Waiting is for the
   whole of the kernel before, which waited for the one before it, so nothing ever overtakes.
 - Before that it reads only what no kernel of a step writes: weights, their scales, tables of the model.
-  It writes nothing. Exception: what the kernel before it waited for, if that one always lets it start
-  after its own waiting (`down` reads the slots' ends behind `gate_up`).
+  It writes nothing. It may ask for anything to come into the L2 cache (experts/kernels/prefetch.py).
 - `let_next_start` says nothing about results, the next kernel still waits for the end of this one. It comes
   after this one's own waiting, so that one kernel is ahead and not several: programs that wait have
   memory on their multiprocessors, which another stream's might need (measured: a little faster so).
