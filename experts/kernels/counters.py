@@ -17,14 +17,12 @@ _places: dict[tuple[torch.device, int], int] = {}
 
 
 def counters(device: torch.device, number: int) -> Tensor:
-    """int32 zeros of the current stream; a kernel leaves zeros behind.
+    """int32 zeros of the current stream; a kernel leaves zeros behind. More than a stream has are made anew.
 
     The first call for a device must not be inside the capture of a graph. Two graphs captured on one
     stream share counters and may not run at the same time.
     """
-    if number > MOST_COUNTERS:
-        raise ValueError(f"{number} counters, a stream has {MOST_COUNTERS}")
-    if device.type != "cuda":  # Triton's interpreter
+    if number > MOST_COUNTERS or device.type != "cuda":  # the latter is Triton's interpreter
         return torch.zeros(number, dtype=torch.int32, device=device)
     pool = _pools.get(device)
     if pool is None:
