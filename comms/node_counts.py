@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comms.kernels.progress import tell
+from comms.kernels.progress import tell_host
 from comms.rail import Rail
 from comms.rail_watch import Progress
 
@@ -51,7 +51,7 @@ class Counts:
         cls, slots_TK: Tensor, num_rows: int, slots_per_node: int, rail: Rail, progress: Progress
     ) -> Counts:
         """Collective over the rail; waits for the device."""
-        tell[(1,)](*progress.tensors)
+        tell_host[(1,)](*progress.tensors)
         device, num_tokens = slots_TK.device, len(slots_TK)
         node_TK = torch.where(slots_TK >= 0, slots_TK // slots_per_node, -1)
         node_M = torch.arange(rail.size, device=device)

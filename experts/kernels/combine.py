@@ -45,7 +45,9 @@ def weighted_sum(
     A row without a pair here is zero. With `range_R` (fp32) the sum is the associative one; with
     `extra_RH` (bf16) that is added. Raises ValueError for shapes that do not fit together.
     """
-    return _launch(y_PH, pairs, weights_RK, range_R, extra_RH, None)
+    return Unsummed(
+        y_PH=y_PH, pairs=pairs, weights_RK=weights_RK, range_R=range_R, extra_RH=extra_RH
+    ).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class Unsummed:
     extra_RH: Tensor | None
 
     def sum(self) -> Tensor:
-        return _launch(self.y_PH, self.pairs, self.weights_RK, self.range_R, self.extra_RH, None)
+        return _launch(self, None)
 
     def normed(
         self, residual_RH: Tensor, gain_H: Tensor, eps: float
@@ -81,18 +83,12 @@ class Unsummed:
             return None
         added_RH = torch.empty_like(residual_RH)
         norm = Norm(residual_RH=residual_RH, gain_H=gain_H, eps=eps, added_RH=added_RH)
-        arguments = (self.y_PH, self.pairs, self.weights_RK, self.range_R, self.extra_RH)
-        return _launch(*arguments, norm), added_RH
+        return _launch(self, norm), added_RH
 
 
-def _launch(
-    y_PH: Tensor,
-    pairs: SortedPairs,
-    weights_RK: Tensor,
-    range_R: Tensor | None,
-    extra_RH: Tensor | None,
-    norm: Norm | None,
-) -> Tensor:
+def _launch(sums: Unsummed, norm: Norm | None) -> Tensor:
+    y_PH, pairs, weights_RK = sums.y_PH, sums.pairs, sums.weights_RK
+    range_R, extra_RH = sums.range_R, sums.extra_RH
     num_rows, num_topk = pairs.place_RK.shape
     hidden = y_PH.shape[1]
     if tuple(weights_RK.shape) != (num_rows, num_topk) or weights_RK.dtype != torch.float32:

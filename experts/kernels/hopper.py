@@ -26,12 +26,13 @@ copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_glo
 
 @gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
 def make_ring(  # type: ignore[no-untyped-def]
-    dtype: gl.constexpr, arrivals: gl.constexpr, ROWS: gl.constexpr, FEATURES: gl.constexpr,
-    DEPTH: gl.constexpr, STAGES: gl.constexpr,
+    dtype: gl.constexpr, ROWS: gl.constexpr, FEATURES: gl.constexpr, DEPTH: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """(rows, their scales, weights, full, empty), each for all stages.
 
-    A stage has two blocks of weights, and is full after so many arrivals.
+    A stage has two blocks of weights. It is full when these are there, and what each of the 128 threads that
+    fetch has asked for.
     """
     layout: gl.constexpr = gl.NVMMASharedLayout(128, dtype.primitive_bitwidth, 2)
     rows = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DEPTH], layout)
@@ -42,7 +43,7 @@ def make_ring(  # type: ignore[no-untyped-def]
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=arrivals)
+        mbarrier.init(full.index(i), count=1 + 128)
         mbarrier.init(empty.index(i), count=ROWS // HALF)
     fence_async_shared()
     return rows, scales, weights, full, empty
@@ -67,20 +68,6 @@ def copy_weights(  # type: ignore[no-untyped-def]
     both = weights.index(stage)
     copy_tile(w, [first_row, channel], barrier, both.slice(0, FEATURES, 0), pred=wanted)
     copy_tile(w, [second_row, channel], barrier, both.slice(FEATURES, FEATURES, 0), pred=wanted)
-
-
-@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
-def wait_for_inputs(EARLY: gl.constexpr):  # type: ignore[no-untyped-def]
-    """As experts/kernels/early.py has it."""
-    if EARLY:
-        assembly("griddepcontrol.wait; // $0")
-
-
-@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
-def let_next_start(EARLY: gl.constexpr):  # type: ignore[no-untyped-def]
-    """As experts/kernels/early.py has it."""
-    if EARLY:
-        assembly("griddepcontrol.launch_dependents; // $0")
 
 
 @gluon.jit  # type: ignore[untyped-decorator,unused-ignore]

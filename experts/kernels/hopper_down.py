@@ -19,13 +19,7 @@ from experts.kernels.hopper import (
     store_rows,
     tile_of,
 )
-from experts.kernels.hopper_sums import (
-    pass_over,
-    pass_turn,
-    sums_of_bfloat16,
-    sums_of_float8,
-    take_turn,
-)
+from experts.kernels.hopper_sums import pass_over, sums_of_tile
 from experts.kernels.hopper_words import leave, wait_for_tile
 
 
@@ -83,29 +77,24 @@ def multiply_down(  # type: ignore[no-untyped-def]
     w2_scale, y = down
     num_blocks: gl.constexpr = H // (2 * FEATURES)
     steps: gl.constexpr = I // 128 if X8 else I // 64
-    part: gl.constexpr = PART if ROWS == 2 * HALF else 0  # of a tile's rows
-    alternate: gl.constexpr = ROWS == HALF
     for work in range(start, gl.max(slots[4], 0) * num_blocks, gl.num_programs(0)):
         _tile, buffer, block, first, end = tile_of(work, slots, num_blocks, ROWS)
-        first += part * HALF
-        if alternate and (turn & 1) != PART:
+        if ROWS == 2 * HALF:
+            first += PART * HALF
+        if ROWS == HALF and (turn & 1) != PART:
             step += steps
         elif first >= end:  # a last tile that the other group fills
             step = pass_over(ring, step, steps, PART, FEATURES, STAGES, TURNS)
         else:
             feature = block * (2 * FEATURES)
-            if alternate:
-                take_turn(PART)
+            left_at = w2_scale
+            right_at = w2_scale
             if X8:
-                left_at = w2_scale + (buffer * H + feature) // 128 * (I // 128)
+                left_at += (buffer * H + feature) // 128 * (I // 128)
                 right_at = left_at + FEATURES // 128 * (I // 128)
-                left, right, step = sums_of_float8(
-                    ring, step, left_at, right_at, part, I, FEATURES, STAGES, False, TURNS
-                )
-            else:
-                left, right, step = sums_of_bfloat16(ring, step, part, I, FEATURES, STAGES, False)
-            if alternate:
-                pass_turn(PART)
+            left, right, step = sums_of_tile(
+                ring, step, left_at, right_at, PART, I, X8, ROWS, FEATURES, STAGES, False, TURNS
+            )
             store_rows(y, left.to(gl.bfloat16), first, end, feature, H)
             store_rows(y, right.to(gl.bfloat16), first, end, feature + FEATURES, H)
         turn += 1

@@ -16,7 +16,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from experts.kernels.hopper import HALF, all_slots, let_next_start, make_ring, wait_for_inputs
+from experts.kernels.early import let_next_start, wait_for_inputs
+from experts.kernels.hopper import HALF, all_slots, make_ring
 from experts.kernels.hopper_down import fetch_down, multiply_down
 from experts.kernels.hopper_gate_up import fetch_gate_up, multiply_gate_up
 from experts.kernels.hopper_sums import pass_turn, take_turn
@@ -31,8 +32,7 @@ def hopper_ffn(  # type: ignore[no-untyped-def]
     EARLY: gl.constexpr,
 ):  # fmt: skip
     """h_tiles and w2 are descriptors as w13; h_tiles is of h. words: see `TOLD`."""
-    # A stage is full when its weights are there and each fetching thread's part of the rows.
-    ring = make_ring(gl.float8e4nv if X8 else gl.bfloat16, 1 + 128, ROWS, FEATURES, DEPTH, STAGES)
+    ring = make_ring(gl.float8e4nv if X8 else gl.bfloat16, ROWS, FEATURES, DEPTH, STAGES)
     table = (ends, buffers, num_slots)
     rows = (pairs, x, x_scale, h_tiles, h_scale)
     up = (w13_scale, h, h_scale)

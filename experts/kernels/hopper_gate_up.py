@@ -25,13 +25,7 @@ from experts.kernels.hopper import (
     tile_of,
 )
 from experts.kernels.hopper_quantize import forget, quantize_tile
-from experts.kernels.hopper_sums import (
-    pass_over,
-    pass_turn,
-    sums_of_bfloat16,
-    sums_of_float8,
-    take_turn,
-)
+from experts.kernels.hopper_sums import pass_over, sums_of_tile
 from experts.kernels.hopper_words import count_done
 
 
@@ -114,8 +108,6 @@ def multiply_gate_up(  # type: ignore[no-untyped-def]
     halves: gl.constexpr = 128 // FEATURES
     num_blocks: gl.constexpr = I // 128
     steps: gl.constexpr = H // 128 if X8 else H // 64
-    part: gl.constexpr = PART if ROWS == 2 * HALF else 0  # of a tile's rows
-    alternate: gl.constexpr = ROWS == HALF
     of_rows: gl.constexpr = gl.SliceLayout(
         1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     )
@@ -125,29 +117,25 @@ def multiply_gate_up(  # type: ignore[no-untyped-def]
     num_works = gl.max(slots[4], 0) * (num_blocks * halves)
     for work in range(gl.program_id(0), num_works, gl.num_programs(0)):
         tile, buffer, block, first, end = tile_of(work // halves, slots, num_blocks, ROWS)
-        first += part * HALF
-        if alternate and (turn & 1) != PART:
+        if ROWS == 2 * HALF:
+            first += PART * HALF
+        if ROWS == HALF and (turn & 1) != PART:
             step += steps
         else:
             if first >= end:  # a last tile that the other group fills
                 step = pass_over(ring, step, steps, PART, FEATURES, STAGES, TURNS)
             else:
-                if alternate:
-                    take_turn(PART)
+                gate_at = w13_scale
+                up_at = w13_scale
                 if X8:
-                    gate_at = w13_scale + (buffer * (2 * I) // 128 + block) * (H // 128)
+                    gate_at += (buffer * (2 * I) // 128 + block) * (H // 128)
                     up_at = gate_at + (I // 128) * (H // 128)
-                    gate, up_sums, step = sums_of_float8(
-                        ring, step, gate_at, up_at, part, H, FEATURES, STAGES, True, TURNS
-                    )
-                else:
-                    gate, up_sums, step = sums_of_bfloat16(
-                        ring, step, part, H, FEATURES, STAGES, True
-                    )
+                gate, up_sums, step = sums_of_tile(
+                    ring, step, gate_at, up_at, PART, H, X8, ROWS, FEATURES, STAGES, True, TURNS
+                )
+                if not X8:
                     gate = gate.to(gl.bfloat16).to(gl.float32)
                     up_sums = up_sums.to(gl.bfloat16).to(gl.float32)
-                if alternate:
-                    pass_turn(PART)
                 hidden = gate / (1.0 + gl.exp(-gate)) * up_sums
                 channel = block * 128 + work % halves * FEATURES
                 if X8:

@@ -26,6 +26,31 @@ from experts.kernels.hopper import HALF, assembly
 
 
 @gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
+def sums_of_tile(  # type: ignore[no-untyped-def]
+    ring, step, first_at, second_at, PART: gl.constexpr, C: gl.constexpr, X8: gl.constexpr,
+    ROWS: gl.constexpr, FEATURES: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr,
+    TURNS: gl.constexpr,
+):  # fmt: skip
+    """(sums of the first weights, of the second, next step) of a group's rows.
+
+    FP8: the weights' scales lie at the pointers. Tiles of 64 rows go to the groups in turns, and so do the
+    products of a tile: the next one's begin when this one's are made.
+    """
+    part: gl.constexpr = PART if ROWS == 2 * HALF else 0  # of the tile's rows
+    if ROWS == HALF:
+        take_turn(PART)
+    if X8:
+        first, second, step = sums_of_float8(
+            ring, step, first_at, second_at, part, C, FEATURES, STAGES, GATHERED, TURNS
+        )
+    else:
+        first, second, step = sums_of_bfloat16(ring, step, part, C, FEATURES, STAGES, GATHERED)
+    if ROWS == HALF:
+        pass_turn(PART)
+    return first, second, step
+
+
+@gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
 def sums_of_float8(  # type: ignore[no-untyped-def]
     ring, step, first_at, second_at, PART: gl.constexpr, C: gl.constexpr, FEATURES: gl.constexpr,
     STAGES: gl.constexpr, GATHERED: gl.constexpr, TURNS: gl.constexpr,
