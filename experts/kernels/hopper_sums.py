@@ -6,7 +6,8 @@ group does that the tensor cores should work for the other one. Left alone both 
 the same time, get them at the same time, and then both add while the tensor cores stand still; so they
 take turns to issue.
 
-Two blocks of 64 are one product of 128 features, which is cut in two at the end.
+Two blocks are one product, which is cut in two at the end; but for FP8's of 128 features, whose sums and
+what is added to them would not fit a thread's registers.
 
 Legend: C channels, which are contracted.
 """
@@ -150,9 +151,10 @@ def pass_over(  # type: ignore[no-untyped-def]
 
 @gluon.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _cut(both, depth: gl.constexpr):  # type: ignore[no-untyped-def]
-    """[64, 128] as two of [64, 64]; no value leaves its thread."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, depth])
-    left, right = both.reshape([HALF, 2, 64]).permute((0, 2, 1)).split()
+    """[64, 2 N] as two of [64, N]; no value leaves its thread."""
+    width: gl.constexpr = both.shape[1] // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, depth])
+    left, right = both.reshape([HALF, 2, width]).permute((0, 2, 1)).split()
     return gl.convert_layout(left, layout), gl.convert_layout(right, layout)
 
 
@@ -163,28 +165,17 @@ def sums_of_bfloat16(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """(sums of the first weights, of the second, next step) of a tile."""
     rows, _scales, weights, full, empty = ring
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    first = gl.zeros([HALF, 128], gl.float32, layout)
-    second = gl.zeros([HALF, 128], gl.float32, layout)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * FEATURES, 16])
+    sums = gl.zeros([HALF, 2 * FEATURES], gl.float32, layout)
     for _k in range(C // 64):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         if GATHERED:
             fence_async_shared()  # the tensor cores read what threads have copied
         mine = rows.index(stage).slice(PART * HALF, HALF, 0)
-        both = weights.index(stage)
-        sums = warpgroup_mma(mine, both.slice(0, 128, 0).permute((1, 0)), first, is_async=True)
-        if FEATURES == 128:
-            more = warpgroup_mma(
-                mine, both.slice(128, 128, 0).permute((1, 0)), second, is_async=True
-            )
-            first, second = warpgroup_mma_wait(0, deps=(sums, more))
-        else:
-            first = warpgroup_mma_wait(0, deps=(sums,))
+        sums = warpgroup_mma(mine, weights.index(stage).permute((1, 0)), sums, is_async=True)
+        sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(empty.index(stage), count=1)
         step += 1
-    if FEATURES == 128:
-        return first, second, step
-    else:  # noqa: RET505  (Triton wants one of two returns to be chosen)
-        left, right = _cut(first, 16)
-        return left, right, step
+    left, right = _cut(sums, 16)
+    return left, right, step

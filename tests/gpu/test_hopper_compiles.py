@@ -15,9 +15,9 @@ MOST_SHARED = (
 @pytest.mark.parametrize(
     ("float8", "tiles"),
     [
-        (True, Tiles(rows=64, features=64, depth=128, stages=8)),
+        (False, Tiles(rows=64, features=64, depth=64, stages=8)),
         (True, Tiles(rows=128, features=128, depth=128, stages=4)),
-        (False, Tiles(rows=128, features=64, depth=64, stages=6)),
+        (True, Tiles(rows=128, features=64, depth=128, stages=6)),
     ],
 )
 def test_experts(float8: bool, tiles: Tiles) -> None:
