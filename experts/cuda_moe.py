@@ -28,7 +28,7 @@ from experts.kernels.linear import linear, linear_fp32_parts
 from experts.kernels.quantize import quantize
 from experts.kernels.sort_by_slot import sort_by_slot
 from experts.kernels.swiglu import swiglu, swiglu_quantized
-from experts.kernels.types import DeviceExperts, QuantizedRows, SortedPairs
+from experts.kernels.types import DeviceExperts, NormedRows, QuantizedRows, SortedPairs
 from experts.second_stream import Aside
 from experts.slot_choice import SlotChoice, StaticChoice
 from router.gate import Gate
@@ -37,7 +37,9 @@ from router.placement import LayerPlacement
 Rows = Tensor | QuantizedRows
 
 _REMEMBERED = 32  # tokens of the latest step, for statistics
-_OVERLAPPED = 1024  # rows up to which the shared expert runs beside the routed ones
+_OVERLAPPED = (
+    1024  # rows up to which the shared expert runs beside the routed ones: neither fills a GPU
+)
 
 
 class DevicePool(Protocol):
@@ -137,20 +139,27 @@ class CudaMoELayer:
         ids_1E = torch.arange(layer.num_experts)[None]
         self._table_E.copy_(layer.choose_slots(ids_1E, self.rank)[0])
 
-    def forward(self, x_TH: Tensor, num_tokens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | NormedRows, num_tokens: Tensor | None = None) -> Tensor:
         """out_TH bf16: weighted routed experts plus the shared expert, for bf16 rows.
 
         num_tokens: int32 [1] on the device, how many of the rows are tokens (None: all).
         """
-        out = self.unsummed(x_TH, num_tokens)
+        out = self.unsummed(x, num_tokens)
         return out if isinstance(out, Tensor) else out.sum()
 
-    def unsummed(self, x_TH: Tensor, num_tokens: Tensor | None = None) -> Tensor | Unsummed:
+    def unsummed(
+        self, x: Tensor | NormedRows, num_tokens: Tensor | None = None
+    ) -> Tensor | Unsummed:
         """`forward` but for the weighted sum, where that is the last that there is to do."""
-        aside = Aside(x_TH.device, on=self._is_worth_two_streams(len(x_TH)))
+        x_TH, quantized = (x, None) if isinstance(x, Tensor) else x
+        quantizes = self.reads_float8 and quantized is None
+        has_more = quantizes or self.shared_expert is not None
+        aside = Aside(x_TH.device, on=has_more and 0 < len(x_TH) <= _OVERLAPPED)
         with aside:
-            rows = self._rows(x_TH)
+            if quantizes:
+                quantized = quantize(x_TH)
             ready = aside.mark()
+            rows = quantized or x_TH
             shared_TH = self._shared(x_TH, rows)
         choice = self.choose(x_TH, num_tokens)
         # Of all tokens' pairs, about as many are for this rank's experts as its own tokens have.
@@ -159,7 +168,8 @@ class CudaMoELayer:
             out_TH = self.exchange.routed(x_TH, choice, compute)
             aside.join()
             return out_TH if shared_TH is None else out_TH + shared_TH
-        aside.join(ready)
+        if quantizes:
+            aside.join(ready)
         assert choice.slots_TK is not None
         y_PH, pairs = compute(rows, choice.slots_TK)
         aside.join()
@@ -196,19 +206,13 @@ class CudaMoELayer:
         own = self.gate.weight_EH.nbytes + (0 if bias_E is None else bias_E.nbytes)
         return own + (self.shared_expert.num_bytes if self.shared_expert else 0)
 
-    def _is_worth_two_streams(self, num_rows: int) -> bool:
-        """Beside the gate and the routed experts, where there is something to do there and rows are so
-        few that neither fills the GPU."""
-        has_work = self.shared_expert is not None or self.slots.experts.is_float8
-        return has_work and 0 < num_rows <= _OVERLAPPED
-
-    def _rows(self, x_TH: Tensor) -> Rows:
-        """Rows as matrices here take them; with a GPU that cannot multiply FP8, in bf16."""
+    @property
+    def reads_float8(self) -> bool:
+        """Whether a matrix here takes rows in FP8; on a GPU that cannot multiply it, none."""
         shared = self.shared_expert
         routed = self.slots.experts.is_float8 and self.exchange is None
-        if not (routed or (shared and shared.is_float8)) or not multiplies_float8(x_TH.device):
-            return x_TH
-        return quantize(x_TH)
+        has_float8 = routed or (shared is not None and shared.is_float8)
+        return has_float8 and multiplies_float8(self.gate.weight_EH.device)
 
     def _shared(self, x_TH: Tensor, rows: Rows) -> Tensor | None:
         shared = self.shared_expert

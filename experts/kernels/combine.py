@@ -22,7 +22,7 @@ from torch import Tensor
 
 from experts.kernels.combine_kernels import exact, fixed, fixed_large
 from experts.kernels.early import early
-from experts.kernels.types import SortedPairs
+from experts.kernels.types import QuantizedRows, SortedPairs
 
 _FEW = 2
 """Pairs of a row that are looked up one by one: cheaper than to skip the others of K."""
@@ -52,12 +52,14 @@ def weighted_sum(
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """What is made of a sum: it is added to residual_RH bf16, and normed with gain_H and eps."""
+    """What is made of a sum: it is added to residual_RH bf16, and normed with gain_H and eps; the norm is
+    also stored to `quantized`, if given."""
 
     residual_RH: Tensor
     gain_H: Tensor
     eps: float
     added_RH: Tensor
+    quantized: QuantizedRows | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,11 @@ class Unsummed:
         return _launch(self, None)
 
     def normed(
-        self, residual_RH: Tensor, gain_H: Tensor, eps: float
+        self,
+        residual_RH: Tensor,
+        gain_H: Tensor,
+        eps: float,
+        quantized: QuantizedRows | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """(norm of the sum + residual, that sum) in the same launch, None where programs have no whole
         rows; the bits of `sum` and `add_rms_norm`."""
@@ -82,7 +88,9 @@ class Unsummed:
         if not 0 < num_rows <= _FEW_ROWS or hidden > _WHOLE or not residual_RH.is_contiguous():
             return None
         added_RH = torch.empty_like(residual_RH)
-        norm = Norm(residual_RH=residual_RH, gain_H=gain_H, eps=eps, added_RH=added_RH)
+        norm = Norm(
+            residual_RH=residual_RH, gain_H=gain_H, eps=eps, added_RH=added_RH, quantized=quantized
+        )
         return _launch(self, norm), added_RH
 
 
@@ -112,9 +120,13 @@ def _launch(sums: Unsummed, norm: Norm | None) -> Tensor:
     options = {
         "num_warps": max(1, block // 256), "enable_fp_fusion": False, **early(y_PH.device),
     }  # fmt: skip
-    then = (out_RH, out_RH, out_RH, 0.0)  # never looked at
+    then: tuple[Tensor | float | None, ...] = (None, None, None, None, None, 0.0)
     if norm is not None:
-        then = (norm.residual_RH, norm.gain_H, norm.added_RH, norm.eps)
+        q = norm.quantized
+        then = (
+            norm.residual_RH, norm.gain_H, norm.added_RH,
+            None if q is None else q.q_RH, None if q is None else q.scale_RB, norm.eps,
+        )  # fmt: skip
     if range_R is None:
         exact[(num_rows, tiles)](
             y_PH, pairs.place_RK, weights_RK, extra, out_RH, *then, FEW=_FEW, **sizes, **options

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from experts.kernels.early import let_next_start, wait_for_inputs
 from experts.kernels.norm import normed
+from experts.kernels.quantize import store_quantized
 
 _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)
 """1.5 * 2^23: what is added to it, up to 2^22, is rounded to a whole number in its lowest bits."""
@@ -23,7 +24,7 @@ _LARGE_BITS: tl.constexpr = tl.constexpr(0x4A800000)  # of 2^22
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def exact(  # type: ignore[no-untyped-def]
-    y, place_in, weights, extra, out, residual, gain, added_out, eps,
+    y, place_in, weights, extra, out, residual, gain, added_out, q_out, scale_out, eps,
     H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
     EXTRA: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -48,21 +49,35 @@ def exact(  # type: ignore[no-untyped-def]
             total += tl.where(here, values * tl.load(weights + row * K + k), 0.0)
     if NORM:
         rounded = rounded_sum(extra, total, row, at, inside, H, EXTRA)
-        _store_norm(rounded, residual, gains, added_out, out, eps, row, at, inside, H, BLOCK)
+        _store_norm(
+            rounded,
+            residual,
+            gains,
+            added_out,
+            out,
+            q_out,
+            scale_out,
+            eps,
+            row,
+            at,
+            inside,
+            H,
+            BLOCK,
+        )
     else:
         store_sum(out, extra, total, row, at, inside, H, EXTRA)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def fixed(  # type: ignore[no-untyped-def]
-    y, place_in, weights, ranges, extra, out, large_out, residual, gain, added_out, eps,
+    y, place_in, weights, ranges, extra, out, large_out, residual, gain, added_out, q_out, scale_out, eps,
     LIMIT: tl.constexpr, WHOLE: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
     EXTRA: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Right if no summand is beyond 2^22 steps. `large_out` says where one is, for `fixed_large`; a
     program that has a WHOLE row sees to it at once. NORM: it also adds the residual stream, to `added_out`,
-    and `out` is that sum's norm."""
+    and `out` is that sum's norm, to `q_out` and `scale_out` also in FP8."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < H
     gains = _gains(gain, at, inside, NORM)
@@ -97,7 +112,21 @@ def fixed(  # type: ignore[no-untyped-def]
             tl.debug_barrier()  # what other threads have stored is read
             rounded = tl.load(out + row * H + at, mask=inside, other=0.0)
             tl.debug_barrier()
-        _store_norm(rounded, residual, gains, added_out, out, eps, row, at, inside, H, BLOCK)
+        _store_norm(
+            rounded,
+            residual,
+            gains,
+            added_out,
+            out,
+            q_out,
+            scale_out,
+            eps,
+            row,
+            at,
+            inside,
+            H,
+            BLOCK,
+        )
     elif WHOLE:
         if is_large:
             _fixed_row(y, place_in, weights, ranges, extra, out, row, LIMIT, H, K, BLOCK, EXTRA)
@@ -224,12 +253,14 @@ def _gains(gain, at, inside, NORM: tl.constexpr):  # type: ignore[no-untyped-def
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _store_norm(  # type: ignore[no-untyped-def]
-    rounded, residual, gains, added_out, out, eps, row, at, inside,
+    rounded, residual, gains, added_out, out, q_out, scale_out, eps, row, at, inside,
     H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As `cluster/model/cuda/fused.py` adds and norms."""
     before = tl.load(residual + row * H + at, mask=inside, other=0.0).to(tl.float32)
     added = tl.where(inside, before + rounded.to(tl.float32), 0.0).to(tl.bfloat16)
     tl.store(added_out + row * H + at, added, mask=inside)
-    norm = normed(added.to(tl.float32), gains, eps, H, BLOCK)
-    tl.store(out + row * H + at, norm.to(tl.bfloat16), mask=inside)
+    norm = normed(added.to(tl.float32), gains, eps, H, BLOCK).to(tl.bfloat16)
+    tl.store(out + row * H + at, norm, mask=inside)
+    if q_out is not None:
+        store_quantized(norm, q_out, scale_out, row, H, BLOCK)

@@ -11,7 +11,6 @@ R rows, H hidden, B blocks of 128 channels.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,24 +24,21 @@ _FEW_ROWS = 256  # wait for memory rather than fill it: more threads for each
 def quantize(x_RH: Tensor) -> QuantizedRows:
     """q_RH and scale_RB of bf16 (or fp32) rows, H a multiple of 128. A row's bytes depend on it alone."""
     num_rows, hidden = x_RH.shape
-    if hidden % BLOCK or not x_RH.is_contiguous():
-        raise ValueError(
-            f"quantize needs contiguous rows of a multiple of {BLOCK}: {list(x_RH.shape)}"
-        )
+    if not x_RH.is_contiguous():
+        raise ValueError(f"quantize needs contiguous rows: {list(x_RH.shape)}")
+    out = QuantizedRows.empty(num_rows, hidden, x_RH.device)
     blocks = hidden // BLOCK
-    q_RH = torch.empty((num_rows, hidden), dtype=torch.float8_e4m3fn, device=x_RH.device)
-    scale_RB = torch.empty((num_rows, blocks), dtype=torch.float32, device=x_RH.device)
     group = next(g for g in (8, 4, 2, 1) if blocks % g == 0)  # blocks of a program
     if num_rows:
         _quantize[(num_rows * (blocks // group),)](
             x_RH,
-            q_RH,
-            scale_RB,
+            out.q_RH,
+            out.scale_RB,
             GROUP=group,
             num_warps=max(1, group // (2 if num_rows <= _FEW_ROWS else 4)),
             **early(x_RH.device),
         )
-    return QuantizedRows(q_RH=q_RH, scale_RB=scale_RB)
+    return out
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -70,3 +66,13 @@ def quantize_blocks(values):  # type: ignore[no-untyped-def]
     scaled = tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape))
     scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
     return scaled.to(tl.float8e4nv), tl.where(refused, float("inf"), scale)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def store_quantized(values, q_out, scale_out, row, H: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A row's bf16 values [N], of which H are channels, as `quantize` stores them."""
+    block = tl.arange(0, N // 128)
+    q, scale = quantize_blocks(tl.reshape(values.to(tl.float32), [N // 128, 128]))
+    at = block[:, None] * 128 + tl.arange(0, 128)[None, :]
+    tl.store(q_out + row * H + at, q, mask=at < H)
+    tl.store(scale_out + row * (H // 128) + block, scale, mask=block < H // 128)

@@ -36,18 +36,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def swiglu_quantized(gate_up: Tensor) -> QuantizedRows:
     """The same as FP8 rows; I a multiple of 128."""
     num_rows, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
-    if intermediate % BLOCK:
-        raise ValueError(f"intermediate({intermediate}) is no multiple of {BLOCK}")
-    blocks, device = intermediate // BLOCK, gate_up.device
-    q_TI = torch.empty((num_rows, intermediate), dtype=torch.float8_e4m3fn, device=device)
-    scale_TB = torch.empty((num_rows, blocks), dtype=torch.float32, device=device)
+    out = QuantizedRows.empty(num_rows, intermediate, gate_up.device)
+    blocks = intermediate // BLOCK
     group = next(g for g in (8, 4, 2, 1) if blocks % g == 0)
     if num_rows:
         _swiglu_quantized[(num_rows, blocks // group)](
-            gate_up, q_TI, scale_TB, I=intermediate, GROUP=group, num_warps=max(1, group // 2),
-            enable_fp_fusion=False, **early(device),
+            gate_up, out.q_RH, out.scale_RB, I=intermediate, GROUP=group, num_warps=max(1, group // 2),
+            enable_fp_fusion=False, **early(gate_up.device),
         )  # fmt: skip
-    return QuantizedRows(q_RH=q_TI, scale_RB=scale_TB)
+    return out
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]

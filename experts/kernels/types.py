@@ -7,6 +7,7 @@ pairs, S slots, N = 2I rows of gate and up, I intermediate.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,23 @@ class QuantizedRows:
 
     q_RH: Tensor
     scale_RB: Tensor
+
+    @staticmethod
+    def empty(num_rows: int, hidden: int, device: torch.device) -> QuantizedRows:
+        """Room for such rows. Raises ValueError if hidden is no multiple of 128."""
+        if hidden % BLOCK:
+            raise ValueError(f"rows of {hidden} channels, no multiple of {BLOCK}, have no FP8 form")
+        return QuantizedRows(
+            q_RH=torch.empty(num_rows, hidden, dtype=torch.float8_e4m3fn, device=device),
+            scale_RB=torch.empty(num_rows, hidden // BLOCK, device=device),
+        )
+
+
+class NormedRows(NamedTuple):
+    """Rows that a norm made: x_RH bf16, and the same quantised where matrices of FP8 read them."""
+
+    x_RH: Tensor
+    quantized: QuantizedRows | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from experts.activation import silu_and_multiply
 from experts.float8 import dequantized
 from experts.gains import token_ranges
+from experts.kernels.types import NormedRows
 
 
 def _rotated(x_TNR: Tensor, step) -> Tensor:
@@ -38,8 +39,14 @@ def _quantized(x_TI: Tensor) -> Tensor:
     return ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).flatten(1)[:, : x_TI.shape[1]]
 
 
+def _normed(x: Tensor, norm) -> Tensor:
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + norm.eps)
+    return (x.float() * scale * norm.weight.float()).to(x.dtype)
+
+
 class PlainOps:
     def linear(self, x_TI, w):
+        x_TI = x_TI.x_RH if isinstance(x_TI, NormedRows) else x_TI
         if w.scale_PQ is None:
             return (x_TI.float() @ w.w_OI.float().T).to(torch.bfloat16)
         return (_quantized(x_TI) @ dequantized(w.w_OI, w.scale_PQ).T).to(torch.bfloat16)
@@ -48,14 +55,12 @@ class PlainOps:
         y = torch.einsum("tni,noi->tno", x_TNI.float(), w_NOI.float()).to(torch.bfloat16)
         return y if out_TNO is None else out_TNO.copy_(y)
 
-    def rms_norm(self, x_TH, weight_H, eps):
-        x = x_TH.float()
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        return (x * scale * weight_H.float()).to(x_TH.dtype)
+    def rms_norm(self, x_TH, norm):
+        return NormedRows(_normed(x_TH, norm))
 
-    def add_rms_norm(self, x_TH, residual_TH, weight_H, eps):
+    def add_rms_norm(self, x_TH, residual_TH, norm):
         total_TH = x_TH + residual_TH
-        return self.rms_norm(total_TH, weight_H, eps), total_TH
+        return self.rms_norm(total_TH, norm), total_TH
 
     def silu_and_multiply(self, gate_up):
         return silu_and_multiply(gate_up)
@@ -68,7 +73,7 @@ class PlainOps:
         rotary = latent_TX.shape[1] - latent
         latent_TC, key_TR = latent_TX.split([latent, rotary], dim=1)
         key_T1R = _rotated(key_TR.unsqueeze(1), step)
-        normed_T1C = self.rms_norm(latent_TC, norm.weight, norm.eps).unsqueeze(1)
+        normed_T1C = _normed(latent_TC, norm).unsqueeze(1)
         _write(cache.keys, step, torch.cat([normed_T1C, key_T1R], -1))
         q_TND[..., latent:] = _rotated(query_TNX[..., -rotary:], step)
 
@@ -78,8 +83,7 @@ class PlainOps:
         num_heads = heads.shape[1] - 2 * num_kv_heads
         q_TND, k_TGD, v_TGD = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         if q_norm is not None and k_norm is not None:
-            q_TND = self.rms_norm(q_TND, q_norm.weight, q_norm.eps)
-            k_TGD = self.rms_norm(k_TGD, k_norm.weight, k_norm.eps)
+            q_TND, k_TGD = _normed(q_TND, q_norm), _normed(k_TGD, k_norm)
         _write(cache.keys, step, _rotated(k_TGD, step))
         _write(cache.values, step, v_TGD)
         return _rotated(q_TND, step)
@@ -113,13 +117,16 @@ class PlainExperts:
         self.tokens_per_slot_S = torch.zeros(self.slots.num_slots, dtype=torch.int64)
         self.recent_TK = torch.empty(0, 1, dtype=torch.int64)
 
+    reads_float8 = False
+
     @property
     def num_bytes(self):
         tensors = [self.gate.weight_EH, self.gate.correction_bias_E]
         tensors += [] if self.shared is None else [matrix.w_OI for matrix in self.shared]
         return sum(x.nbytes for x in tensors if x is not None)
 
-    def forward(self, x_TH, num_tokens=None):
+    def forward(self, rows, num_tokens=None):
+        x_TH = rows.x_RH
         size = len(x_TH) if num_tokens is None else int(num_tokens)
         out_TH = torch.zeros_like(x_TH)
         ids_TK, weights_TK = self.gate(x_TH[:size], lambda x, w: x @ w.T)

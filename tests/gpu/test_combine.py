@@ -7,6 +7,8 @@ from torch import Tensor
 
 from comms.fixed import fixed_sum, to_floats
 from comms.routes import Pairs, weighted_sum
+from experts.kernels.types import QuantizedRows
+from tests.gpu.rows import assert_same_rows
 
 SIZES = [(1, 6, 3, 128), (11, 8, 5, 320)]
 LARGE = [(9, 2, 4, 192), (128, 8, 4, 7168), (300, 6, 64, 2048)]
@@ -52,9 +54,10 @@ class Case:
 
 
 def check_normed(*arguments: Any) -> None:
-    """A sum that is normed in the same launch is the sum, then added to the rest and normed."""
+    """A sum that is normed in the same launch is the sum, then added to the rest, normed and quantised."""
     from cluster.model.cuda.fused import add_rms_norm
     from experts.kernels import combine
+    from experts.kernels.quantize import quantize
 
     y_PH, pairs, weights_RK, range_R, extra_RH = arguments
     residual_RH = torch.randn(*extra_RH.shape).to(
@@ -65,13 +68,18 @@ def check_normed(*arguments: Any) -> None:
         y_PH=y_PH, pairs=pairs, weights_RK=weights_RK, range_R=range_R, extra_RH=extra_RH
     )
     sum_RH = unsummed.sum()
-    found = unsummed.normed(residual_RH, gain_H, 1e-6)
+    quantized = None
+    if extra_RH.shape[1] % 128 == 0:
+        quantized = QuantizedRows.empty(*extra_RH.shape, extra_RH.device)
+    found = unsummed.normed(residual_RH, gain_H, 1e-6, quantized)
     expected = add_rms_norm(sum_RH, residual_RH, gain_H, 1e-6)
     if found is None:
         assert len(sum_RH) > combine._FEW_ROWS
         return
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    if quantized is not None:
+        assert_same_rows(quantized, quantize(found[0]))
 
 
 def check(device: torch.device, sizes: list[tuple[int, int, int, int]] = SIZES) -> None:

@@ -7,7 +7,8 @@ from cluster.model.kv_cache import LayerCache
 from cluster.model.norm import RmsNorm
 from cluster.model.rope import RopeConfig, RotaryTable
 from experts.activation import silu_and_multiply as cpu_silu
-from tests.gpu.rows import relative_l2
+from experts.kernels.types import QuantizedRows
+from tests.gpu.rows import assert_same_rows, relative_l2
 
 CLOSE = 1.2e-2  # a step of bf16: Triton's interpreter cuts where a GPU rounds
 
@@ -23,6 +24,7 @@ def bf16(*shape, device):
 
 def check_norms(device="cpu"):
     from cluster.model.cuda.fused import add_rms_norm, rms_norm, silu_and_multiply
+    from experts.kernels.quantize import quantize
 
     for rows, channels in ((1, 64), (5, 160), (3, 1536)):
         wide, weight = bf16(rows, channels + 32, device=device), bf16(channels, device=device)
@@ -35,6 +37,12 @@ def check_norms(device="cpu"):
         got, total = add_rms_norm(x, residual, weight, 1e-6)
         assert relative_l2(total, residual + x) < CLOSE
         assert relative_l2(got, norm(residual + x)) < 2 * CLOSE
+        if channels % 128 == 0:  # also quantised in the same launch
+            q, q_added = (QuantizedRows.empty(rows, channels, x.device) for _ in range(2))
+            assert torch.equal(rms_norm(x, weight, 1e-6, q), rms_norm(x, weight, 1e-6))
+            assert_same_rows(q, quantize(rms_norm(x, weight, 1e-6)))
+            assert torch.equal(add_rms_norm(x, residual, weight, 1e-6, q_added)[0], got)
+            assert_same_rows(q_added, quantize(got))
         gate_up = bf16(rows, 2 * channels, device=device)
         assert relative_l2(silu_and_multiply(gate_up), cpu_silu(gate_up)) < CLOSE
 

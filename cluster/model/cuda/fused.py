@@ -17,6 +17,8 @@ from torch import Tensor
 from cluster.model.cuda.rotate import RopeTable, gqa_write, mla_write
 from experts.kernels.early import early, let_next_start, wait_for_inputs
 from experts.kernels.norm import normed
+from experts.kernels.quantize import store_quantized
+from experts.kernels.types import QuantizedRows
 
 __all__ = [
     "RopeTable",
@@ -28,23 +30,30 @@ __all__ = [
 ]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, quantized: QuantizedRows | None = None
+) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; contiguous, in x's dtype.
 
-    Rows may be slices of wider ones: x is [T, H] with any row stride, or any contiguous shape.
+    Rows may be slices of wider ones: x is [T, H] with any row stride, or any contiguous shape. They are also
+    stored to `quantized`, if given.
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    _launch_norm(rows, None, weight, out, None, eps)
+    _launch_norm(rows, None, weight, out, None, eps, quantized)
     return out
 
 
 def add_rms_norm(
-    x_TH: Tensor, residual_TH: Tensor, weight: Tensor, eps: float
+    x_TH: Tensor,
+    residual_TH: Tensor,
+    weight: Tensor,
+    eps: float,
+    quantized: QuantizedRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum): the sum rounded to the rows' dtype before its norm is taken."""
     out_TH, sum_TH = torch.empty_like(residual_TH), torch.empty_like(residual_TH)
-    _launch_norm(x_TH, residual_TH, weight, out_TH, sum_TH, eps)
+    _launch_norm(x_TH, residual_TH, weight, out_TH, sum_TH, eps, quantized)
     return out_TH, sum_TH
 
 
@@ -55,6 +64,7 @@ def _launch_norm(
     out: Tensor,
     sums: Tensor | None,
     eps: float,
+    quantized: QuantizedRows | None,
 ) -> None:
     num_rows, channels = x_TH.shape
     if x_TH.stride(1) != 1 or weight.shape != (channels,):
@@ -66,7 +76,9 @@ def _launch_norm(
     if num_rows:
         block = triton.next_power_of_2(channels)
         _rms_norm[(num_rows,)](
-            x_TH, residual_TH, weight, out, sums, x_TH.stride(0), eps,
+            x_TH, residual_TH, weight, out, sums,
+            None if quantized is None else quantized.q_RH,
+            None if quantized is None else quantized.scale_RB, x_TH.stride(0), eps,
             H=channels, BLOCK=block, num_warps=min(8, max(1, block // 512)),
             enable_fp_fusion=False, **early(x_TH.device),
         )  # fmt: skip
@@ -74,7 +86,7 @@ def _launch_norm(
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _rms_norm(  # type: ignore[no-untyped-def]
-    x, residual, weight, out, sums, stride, eps,
+    x, residual, weight, out, sums, q_out, scale_out, stride, eps,
     H: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     h = tl.arange(0, BLOCK)
@@ -88,8 +100,10 @@ def _rms_norm(  # type: ignore[no-untyped-def]
         added = tl.load(residual + row * H + h, mask=here, other=0.0).to(tl.float32)
         x_row = (added + x_row.to(tl.float32)).to(x_row.dtype)
         tl.store(sums + row * H + h, x_row, mask=here)
-    norm = normed(x_row.to(tl.float32), gain, eps, H, BLOCK)
-    tl.store(out + row * H + h, norm.to(out.dtype.element_ty), mask=here)
+    norm = normed(x_row.to(tl.float32), gain, eps, H, BLOCK).to(out.dtype.element_ty)
+    tl.store(out + row * H + h, norm, mask=here)
+    if q_out is not None:
+        store_quantized(norm, q_out, scale_out, row, H, BLOCK)
 
 
 def silu_and_multiply(gate_up: Tensor) -> Tensor:

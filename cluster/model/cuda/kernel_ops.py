@@ -9,11 +9,12 @@ from cluster.model.cuda.attention import AttentionMeta, paged_attention
 from cluster.model.cuda.inputs import StepInputs
 from cluster.model.cuda.ops import Added, ExpertLayer, Ops, Step
 from cluster.model.cuda.slots import DeviceSlots
-from cluster.model.cuda.weights import Matrix
+from cluster.model.cuda.weights import Matrix, Norm
 from cluster.model.kv_cache import LayerCache
 from cluster.model.norm import RmsNorm
 from experts.cuda_moe import CudaMoELayer, Exchange, SharedExpert
 from experts.kernels import combine, linear
+from experts.kernels.types import NormedRows, QuantizedRows
 from router.gate import Gate
 from router.placement import LayerPlacement
 
@@ -21,25 +22,30 @@ from router.placement import LayerPlacement
 class KernelOps(Ops):
     """On a GPU, or in Triton's interpreter."""
 
-    def linear(self, x_TI: Tensor, w: Matrix) -> Tensor:
-        return linear.linear(x_TI, w.w_OI, w.scale_PQ)
+    def linear(self, x_TI: Tensor | NormedRows, w: Matrix) -> Tensor:
+        x: Tensor | QuantizedRows
+        if isinstance(x_TI, NormedRows):
+            x = x_TI.quantized if w.is_float8 and x_TI.quantized else x_TI.x_RH
+        else:
+            x = x_TI
+        return linear.linear(x, w.w_OI, w.scale_PQ)
 
     def linears(self, x_TNI: Tensor, w_NOI: Tensor, out_TNO: Tensor | None = None) -> Tensor:
         return linear.linears(x_TNI, w_NOI, out_TNO)
 
-    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-        return fused.rms_norm(x_TH, weight_H, eps)
+    def rms_norm(self, x_TH: Tensor, norm: Norm) -> NormedRows:
+        quantized = _room(x_TH, norm)
+        return NormedRows(fused.rms_norm(x_TH, norm.weight, norm.eps, quantized), quantized)
 
     def add_rms_norm(
-        self, x_TH: Added, residual_TH: Tensor, weight_H: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        if isinstance(x_TH, combine.Unsummed):
-            found = x_TH.normed(residual_TH, weight_H, eps)
-            if found is not None:
-                return found
-        if not isinstance(x_TH, Tensor):
-            x_TH = x_TH.sum()
-        return fused.add_rms_norm(x_TH, residual_TH, weight_H, eps)
+        self, x_TH: Added, residual_TH: Tensor, norm: Norm
+    ) -> tuple[NormedRows, Tensor]:
+        how = (residual_TH, norm.weight, norm.eps, _room(residual_TH, norm))
+        found = x_TH.normed(*how) if isinstance(x_TH, combine.Unsummed) else None
+        if found is None:
+            found = fused.add_rms_norm(x_TH if isinstance(x_TH, Tensor) else x_TH.sum(), *how)
+        normed_TH, sum_TH = found
+        return NormedRows(normed_TH, how[-1]), sum_TH
 
     def silu_and_multiply(self, gate_up: Tensor) -> Tensor:
         return fused.silu_and_multiply(gate_up)
@@ -114,6 +120,10 @@ class KernelOps(Ops):
             gains_E=gains_E,
             exchange=exchange,
         )
+
+
+def _room(x_TH: Tensor, norm: Norm) -> QuantizedRows | None:
+    return QuantizedRows.empty(len(x_TH), x_TH.shape[1], x_TH.device) if norm.float8 else None
 
 
 def _table(step: Step) -> fused.RopeTable:

@@ -19,15 +19,17 @@ from torch import Tensor
 
 from cluster.model.cuda.ops import LeavesSum, Ops, Step
 from cluster.model.cuda.replica import Mlp, Replica, Stream
-from cluster.model.cuda.weights import Matrix
+from cluster.model.cuda.weights import Matrix, Norm
 from cluster.model.kv_cache import LayerCache
-from cluster.model.norm import RmsNorm
+from experts.kernels.types import NormedRows
 
 
 class Attention(Protocol):
     """The local heads of a layer; writes the tokens' keys to the cache, and their part [T, H] out."""
 
-    def __call__(self, x_TH: Tensor, step: Step, cache: LayerCache) -> Tensor: ...
+    @property
+    def reads_float8(self) -> bool: ...
+    def __call__(self, rows: NormedRows, step: Step, cache: LayerCache) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +40,13 @@ class DenseMlp:
     w2: Matrix
     ops: Ops
 
-    def forward(self, x_TH: Tensor, num_tokens: Tensor | None = None) -> Tensor:
-        gate_up = self.ops.linear(x_TH, self.w13)
+    def forward(self, rows: NormedRows, num_tokens: Tensor | None = None) -> Tensor:
+        gate_up = self.ops.linear(rows, self.w13)
         return self.ops.linear(self.ops.silu_and_multiply(gate_up), self.w2)
+
+    @property
+    def reads_float8(self) -> bool:
+        return self.w13.is_float8
 
     @property
     def num_bytes(self) -> int:
@@ -51,16 +57,16 @@ class DenseMlp:
 class CudaLayer:
     """Attention, then `mlp`: experts or a dense MLP."""
 
-    attention_norm: RmsNorm
+    attention_norm: Norm
     attention: Attention
-    mlp_norm: RmsNorm
+    mlp_norm: Norm
     mlp: Mlp
     replica: Replica
 
     def forward(self, stream: Stream, step: Step, cache: LayerCache) -> Stream:
-        rows_TH, x_OH = self.replica.gather(stream, self.attention_norm)
-        parts_TH = self.attention(rows_TH, step, cache)
-        normed_OH, x_OH = self.replica.scatter(parts_TH, x_OH, self.mlp_norm)
+        rows, x_OH = self.replica.gather(stream, self.attention_norm)
+        parts_TH = self.attention(rows, step, cache)
+        own_rows, x_OH = self.replica.scatter(parts_TH, x_OH, self.mlp_norm)
         if isinstance(self.mlp, LeavesSum):
-            return Stream(x_OH, self.mlp.unsummed(normed_OH, step.own_tokens))
-        return Stream(x_OH, self.mlp.forward(normed_OH, step.own_tokens))
+            return Stream(x_OH, self.mlp.unsummed(own_rows, step.own_tokens))
+        return Stream(x_OH, self.mlp.forward(own_rows, step.own_tokens))

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from cluster.model.config import MlaConfig
 from cluster.model.cuda.ops import Ops, Step
-from cluster.model.cuda.weights import Matrix
+from cluster.model.cuda.weights import Matrix, Norm
 from cluster.model.kv_cache import LayerCache
 from cluster.model.norm import RmsNorm
+from experts.kernels.types import NormedRows
 from experts.second_stream import Aside
 
 STORED_ASIDE = 256
@@ -27,7 +28,7 @@ class CudaMla:
 
     config: MlaConfig
     w_down: Matrix
-    q_norm: RmsNorm | None
+    q_norm: Norm | None
     w_q_up: Matrix | None
     latent_norm: RmsNorm
     w_uk_NCM: Tensor
@@ -35,19 +36,22 @@ class CudaMla:
     w_out: Matrix
     ops: Ops
 
-    def __call__(self, x_TH: Tensor, step: Step, cache: LayerCache) -> Tensor:
+    @property
+    def reads_float8(self) -> bool:
+        return self.w_down.is_float8
+
+    def __call__(self, rows: NormedRows, step: Step, cache: LayerCache) -> Tensor:
         c, ops = self.config, self.ops
         latent = c.kv_lora_rank
-        down = ops.linear(x_TH, self.w_down)
+        down = ops.linear(rows, self.w_down)
         query_TQ = down[:, : down.shape[1] - latent - c.qk_rope_head_dim]
         latent_TD = down[:, query_TQ.shape[1] :]
         if self.q_norm is not None and self.w_q_up is not None:
-            normed_TQ = ops.rms_norm(query_TQ, self.q_norm.weight, self.q_norm.eps)
-            query_TQ = ops.linear(normed_TQ, self.w_q_up)
+            query_TQ = ops.linear(ops.rms_norm(query_TQ, self.q_norm), self.w_q_up)
         query_TNX = query_TQ.unflatten(1, (len(self.w_uk_NCM), -1))
         nope = c.qk_nope_head_dim
-        q_TND = x_TH.new_empty(len(x_TH), len(self.w_uk_NCM), latent + c.qk_rope_head_dim)
-        aside = Aside(x_TH.device, on=len(x_TH) <= STORED_ASIDE)
+        q_TND = down.new_empty(len(down), len(self.w_uk_NCM), latent + c.qk_rope_head_dim)
+        aside = Aside(down.device, on=len(down) <= STORED_ASIDE)
         with aside:
             ops.store_latents(latent_TD, query_TNX, self.latent_norm, step, cache, q_TND)
         ops.linears(query_TNX[..., :nope], self.w_uk_NCM, out_TNO=q_TND[..., :latent])

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from cluster.model.cuda.inputs import StepInputs
 from cluster.model.cuda.slots import DeviceSlots
-from cluster.model.cuda.weights import Matrix
+from cluster.model.cuda.weights import Matrix, Norm
 from cluster.model.kv_cache import LayerCache
 from cluster.model.norm import RmsNorm
+from experts.kernels.types import NormedRows
 from experts.slot_choice import SlotChoice
 from router.gate import Gate
 from router.placement import LayerPlacement
@@ -51,23 +52,23 @@ Added = Tensor | Unsummed
 class LeavesSum(Protocol):
     """An MLP that can leave its sum to the next norm."""
 
-    def unsummed(self, x_OH: Tensor, num_tokens: Tensor | None = None) -> Added: ...
+    def unsummed(self, rows: NormedRows, num_tokens: Tensor | None = None) -> Added: ...
 
 
 class Ops(Protocol):
     """A row's bits depend on that row alone, in all of them."""
 
-    def linear(self, x_TI: Tensor, w: Matrix) -> Tensor:
+    def linear(self, x_TI: Tensor | NormedRows, w: Matrix) -> Tensor:
         """[T, O] bfloat16."""
 
     def linears(self, x_TNI: Tensor, w_NOI: Tensor, out_TNO: Tensor | None = None) -> Tensor:
         """Each head's own product."""
 
-    def rms_norm(self, x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor: ...
+    def rms_norm(self, x_TH: Tensor, norm: Norm) -> NormedRows: ...
 
     def add_rms_norm(
-        self, x_TH: Added, residual_TH: Tensor, weight_H: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+        self, x_TH: Added, residual_TH: Tensor, norm: Norm
+    ) -> tuple[NormedRows, Tensor]:
         """(norm of x + residual, their sum)."""
 
     def silu_and_multiply(self, gate_up: Tensor) -> Tensor: ...
@@ -138,5 +139,9 @@ class ExpertLayer(Protocol):
     def num_bytes(self) -> int:
         """Of its weights besides the experts in slots."""
 
-    def forward(self, x_TH: Tensor, num_tokens: Tensor | None = None) -> Tensor: ...
+    @property
+    def reads_float8(self) -> bool:
+        """Whether it has use for rows in FP8."""
+
+    def forward(self, rows: NormedRows, num_tokens: Tensor | None = None) -> Tensor: ...
     def forget_counters(self) -> None: ...

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cluster.model.cuda.ops import Added, Ops
-from cluster.model.cuda.weights import Matrix
-from cluster.model.norm import RmsNorm
+from cluster.model.cuda.weights import Matrix, Norm
+from experts.kernels.types import NormedRows
 
 
 class Stream(NamedTuple):
@@ -37,11 +37,11 @@ class Stream(NamedTuple):
             return self.added_OH
         return self.added_OH.sum()
 
-    def normed(self, norm: RmsNorm, ops: Ops) -> tuple[Tensor, Tensor]:
+    def normed(self, norm: Norm, ops: Ops) -> tuple[NormedRows, Tensor]:
         """(norm of the sum, the sum)."""
         if self.added_OH is None:
-            return ops.rms_norm(self.x_OH, norm.weight, norm.eps), self.x_OH
-        return ops.add_rms_norm(self.added_OH, self.x_OH, norm.weight, norm.eps)
+            return ops.rms_norm(self.x_OH, norm), self.x_OH
+        return ops.add_rms_norm(self.added_OH, self.x_OH, norm)
 
 
 class Mlp(Protocol):
@@ -49,7 +49,9 @@ class Mlp(Protocol):
 
     @property
     def num_bytes(self) -> int: ...
-    def forward(self, x_OH: Tensor, num_tokens: Tensor | None = None) -> Tensor: ...
+    @property
+    def reads_float8(self) -> bool: ...
+    def forward(self, rows: NormedRows, num_tokens: Tensor | None = None) -> Tensor: ...
 
 
 class Replica(Protocol):
@@ -70,16 +72,16 @@ class Replica(Protocol):
 
     def embed(self, ids_T: Tensor, embedding: Tensor) -> Stream: ...
 
-    def gather(self, stream: Stream, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+    def gather(self, stream: Stream, norm: Norm) -> tuple[NormedRows, Tensor]:
         """(norm of all rows [T, H], the stream's sum [O, H])."""
 
-    def scatter(self, parts_TH: Tensor, x_OH: Tensor, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+    def scatter(self, parts_TH: Tensor, x_OH: Tensor, norm: Norm) -> tuple[NormedRows, Tensor]:
         """From this rank's parts of all rows: (norm of the sum, x + the ranks' sum), [O, H] both."""
 
     def divided(self, mlp: Mlp) -> Mlp:
         """An MLP of whose channels this rank has its part, as one of own rows."""
 
-    def logits(self, stream: Stream, norm: RmsNorm, rows_L: Tensor, head: Matrix) -> Tensor:
+    def logits(self, stream: Stream, norm: Norm, rows_L: Tensor, head: Matrix) -> Tensor:
         """fp32 [L, V]."""
 
     def check(self) -> None:
@@ -105,18 +107,18 @@ class OneRank:
     def embed(self, ids_T: Tensor, embedding: Tensor) -> Stream:
         return Stream(F.embedding(ids_T, embedding))
 
-    def gather(self, stream: Stream, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+    def gather(self, stream: Stream, norm: Norm) -> tuple[NormedRows, Tensor]:
         return stream.normed(norm, self.ops)
 
-    def scatter(self, parts_TH: Tensor, x_OH: Tensor, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+    def scatter(self, parts_TH: Tensor, x_OH: Tensor, norm: Norm) -> tuple[NormedRows, Tensor]:
         return Stream(x_OH, parts_TH).normed(norm, self.ops)
 
     def divided(self, mlp: Mlp) -> Mlp:
         return mlp
 
-    def logits(self, stream: Stream, norm: RmsNorm, rows_L: Tensor, head: Matrix) -> Tensor:
-        normed_LH, _ = stream.rows(rows_L).normed(norm, self.ops)
-        return self.ops.linear(normed_LH, head).float()
+    def logits(self, stream: Stream, norm: Norm, rows_L: Tensor, head: Matrix) -> Tensor:
+        normed, _ = stream.rows(rows_L).normed(norm, self.ops)
+        return self.ops.linear(normed, head).float()
 
     def check(self) -> None:
         pass

@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from cluster.model.config import ModelConfig
 from cluster.model.cuda.ops import Ops
 from cluster.model.cuda.replica import Mlp, OneRank, Replica, Stream
-from cluster.model.cuda.weights import Matrix
-from cluster.model.norm import RmsNorm
+from cluster.model.cuda.weights import Matrix, Norm
 from cluster.model.shards import shard
 from comms.groups import ParallelGroups
 from comms.store import PrefixStore
 from comms.symmetric_rows_layout import RowsLayout
+from experts.kernels.types import NormedRows
 
 
 class Rows(Protocol):
@@ -67,19 +67,21 @@ class DividedReplica:
         found_TH = F.embedding(local_T.clamp(0, len(embedding) - 1), embedding)
         return Stream(self.rows.scatter(found_TH.masked_fill_(elsewhere_T1, 0))[1])
 
-    def gather(self, stream: Stream, norm: RmsNorm) -> tuple[Tensor, Tensor]:
-        return self.rows.gather(stream.x_OH, stream.summed_OH, norm)
+    def gather(self, stream: Stream, norm: Norm) -> tuple[NormedRows, Tensor]:
+        rows_TH, sum_OH = self.rows.gather(stream.x_OH, stream.summed_OH, norm)
+        return NormedRows(rows_TH), sum_OH
 
-    def scatter(self, parts_TH: Tensor, x_OH: Tensor, norm: RmsNorm) -> tuple[Tensor, Tensor]:
-        return self.rows.scatter(parts_TH, x_OH, norm)
+    def scatter(self, parts_TH: Tensor, x_OH: Tensor, norm: Norm) -> tuple[NormedRows, Tensor]:
+        normed_OH, sum_OH = self.rows.scatter(parts_TH, x_OH, norm)
+        return NormedRows(normed_OH), sum_OH
 
     def divided(self, mlp: Mlp) -> Mlp:
         return DividedMlp(local=mlp, rows=self.rows)
 
-    def logits(self, stream: Stream, norm: RmsNorm, rows_L: Tensor, head: Matrix) -> Tensor:
+    def logits(self, stream: Stream, norm: Norm, rows_L: Tensor, head: Matrix) -> Tensor:
         """Each rank computes its part of the vocabulary; all get them all."""
-        rows_TH, _ = self.gather(stream, norm)
-        part_LW = self.ops.linear(rows_TH.index_select(0, rows_L), head)
+        rows, _ = self.gather(stream, norm)
+        part_LW = self.ops.linear(rows.x_RH.index_select(0, rows_L), head)
         out_LV = torch.empty(len(rows_L), self.vocab_size, device=part_LW.device)
         self.rows.gather_logits(part_LW, self._words.start, out_LV)
         return out_LV
@@ -99,9 +101,13 @@ class DividedMlp:
     local: Mlp
     rows: Rows
 
-    def forward(self, x_OH: Tensor, num_tokens: Tensor | None = None) -> Tensor:
-        rows_TH, _ = self.rows.gather(x_OH)
-        return self.rows.scatter(self.local.forward(rows_TH))[1]
+    def forward(self, rows: NormedRows, num_tokens: Tensor | None = None) -> Tensor:
+        rows_TH, _ = self.rows.gather(rows.x_RH)
+        return self.rows.scatter(self.local.forward(NormedRows(rows_TH)))[1]
+
+    @property
+    def reads_float8(self) -> bool:
+        return False  # what is exchanged is not quantised
 
     @property
     def num_bytes(self) -> int:

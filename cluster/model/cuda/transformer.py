@@ -32,12 +32,11 @@ from cluster.model.cuda.layers import CudaLayer
 from cluster.model.cuda.ops import ExpertLayer, Ops, Step
 from cluster.model.cuda.replica import OneRank, Replica
 from cluster.model.cuda.tensor_parallel import connect_replica
-from cluster.model.cuda.weights import Matrix
+from cluster.model.cuda.weights import Matrix, Norm
 from cluster.model.errors import UnsupportedModelError
 from cluster.model.kv_cache import KVCache
 from cluster.model.loader import Loader
 from cluster.model.memory import Reports
-from cluster.model.norm import RmsNorm
 from cluster.model.rope import RotaryTable
 from comms.base import BaseDispatcher
 from comms.group import Group
@@ -71,7 +70,7 @@ class CudaTransformer(Reports):
     tp: Group
     embedding: Tensor
     layers: tuple[CudaLayer, ...]
-    norm: RmsNorm
+    norm: Norm
     head: Matrix
     rotary: tuple[Tensor, Tensor]
     dispatcher: BaseDispatcher

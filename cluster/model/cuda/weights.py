@@ -1,4 +1,4 @@
-"""A matrix on the device: bfloat16 as it is, or float8 with one scale for each block of 128 x 128.
+"""A matrix on the device: bfloat16 as it is, or float8 with one scale for each block of 128 x 128; and a norm.
 
 Legend: O out-features, I in-features, P and Q blocks of O and of I.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cluster.model.norm import RmsNorm
 from experts.float8 import BlockScaled, as_float8, multiplies_float8, plain
 
 
@@ -40,5 +41,16 @@ class Matrix:
         return Matrix(w_OI=there)
 
     @property
+    def is_float8(self) -> bool:
+        return self.scale_PQ is not None
+
+    @property
     def num_bytes(self) -> int:
         return self.w_OI.nbytes + (0 if self.scale_PQ is None else self.scale_PQ.nbytes)
+
+
+@dataclass(frozen=True)
+class Norm(RmsNorm):
+    """`float8`: the matrices that read its rows are, so they are quantised in the same launch."""
+
+    float8: bool = False
