@@ -37,9 +37,7 @@ from router.placement import LayerPlacement
 Rows = Tensor | QuantizedRows
 
 _REMEMBERED = 32  # tokens of the latest step, for statistics
-_OVERLAPPED = (
-    1024  # rows up to which the shared expert runs beside the routed ones: neither fills a GPU
-)
+_OVERLAPPED = 1024  # rows of which the shared expert runs beside the rest: neither fills a GPU
 
 
 class DevicePool(Protocol):

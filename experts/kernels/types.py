@@ -40,6 +40,10 @@ class NormedRows(NamedTuple):
     x_RH: Tensor
     quantized: QuantizedRows | None = None
 
+    def for_matrix(self, *, float8: bool) -> Tensor | QuantizedRows:
+        """As a matrix, of FP8 or not, reads them soonest."""
+        return self.quantized if float8 and self.quantized else self.x_RH
+
 
 @dataclass(frozen=True, kw_only=True)
 class SortedPairs:

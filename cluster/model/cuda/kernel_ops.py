@@ -23,11 +23,7 @@ class KernelOps(Ops):
     """On a GPU, or in Triton's interpreter."""
 
     def linear(self, x_TI: Tensor | NormedRows, w: Matrix) -> Tensor:
-        x: Tensor | QuantizedRows
-        if isinstance(x_TI, NormedRows):
-            x = x_TI.quantized if w.is_float8 and x_TI.quantized else x_TI.x_RH
-        else:
-            x = x_TI
+        x = x_TI.for_matrix(float8=w.is_float8) if isinstance(x_TI, NormedRows) else x_TI
         return linear.linear(x, w.w_OI, w.scale_PQ)
 
     def linears(self, x_TNI: Tensor, w_NOI: Tensor, out_TNO: Tensor | None = None) -> Tensor:
