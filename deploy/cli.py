@@ -345,3 +345,7 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":  # without an installation: python3 -m deploy.cli
+    main()

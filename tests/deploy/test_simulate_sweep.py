@@ -198,8 +198,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, arguments, words: st
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(tmp_path) -> None:
     many = ",".join(str(number) for number in range(1, 400))
-    program = "from deploy.cli import main; main()"
-    command = [sys.executable, "-c", program, "simulate", "sweep", *GRID]
+    command = [sys.executable, "-m", "deploy.cli", "simulate", "sweep", *GRID]
     command += [f"--tokens-per-rank={many}", "--jobs=2", "--json=out.json"]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     running = subprocess.Popen(

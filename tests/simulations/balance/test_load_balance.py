@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -435,11 +434,8 @@ def test_same_command_same_bytes_in_other_processes(tmp_path):
     files = []
     for name in ("a", "b"):
         file = tmp_path / f"{name}.json"
-        arguments = ["simulate", "balance", *SMALL, "--json", str(file)]
-        code = f"import sys; sys.argv[1:] = {arguments!r}; from deploy.cli import main; main()"
-        subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, cwd=Path.cwd()
-        )
+        command = [sys.executable, "-m", "deploy.cli", "simulate", "balance", *SMALL]
+        subprocess.run([*command, "--json", str(file)], check=True, capture_output=True)
         files.append(json.loads(file.read_text()))
     assert files[0]["command"][1:] == ["simulate", "balance", *SMALL]
     assert json.dumps(without_speed(files[0])) == json.dumps(without_speed(files[1]))
