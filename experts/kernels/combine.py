@@ -22,7 +22,7 @@ from torch import Tensor
 
 from experts.kernels.combine_kernels import exact, fixed, fixed_large
 from experts.kernels.early import early
-from experts.kernels.types import QuantizedRows, SortedPairs
+from experts.kernels.types import QuantizedRows, SortedPairs, parts_of
 
 _FEW = 2
 """Pairs of a row that are looked up one by one: cheaper than to skip the others of K."""
@@ -122,11 +122,7 @@ def _launch(sums: Unsummed, norm: Norm | None) -> Tensor:
     }  # fmt: skip
     then: tuple[Tensor | float | None, ...] = (None, None, None, None, None, 0.0)
     if norm is not None:
-        q = norm.quantized
-        then = (
-            norm.residual_RH, norm.gain_H, norm.added_RH,
-            None if q is None else q.q_RH, None if q is None else q.scale_RB, norm.eps,
-        )  # fmt: skip
+        then = (norm.residual_RH, norm.gain_H, norm.added_RH, *parts_of(norm.quantized), norm.eps)
     if range_R is None:
         exact[(num_rows, tiles)](
             y_PH, pairs.place_RK, weights_RK, extra, out_RH, *then, FEW=_FEW, **sizes, **options

@@ -24,7 +24,8 @@ _LARGE_BITS: tl.constexpr = tl.constexpr(0x4A800000)  # of 2^22
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def exact(  # type: ignore[no-untyped-def]
-    y, place_in, weights, extra, out, residual, gain, added_out, q_out, scale_out, eps,
+    y, place_in, weights, extra, out,
+    residual, gain, added_out, q_out, scale_out, eps,
     H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
     EXTRA: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -50,27 +51,17 @@ def exact(  # type: ignore[no-untyped-def]
     if NORM:
         rounded = rounded_sum(extra, total, row, at, inside, H, EXTRA)
         _store_norm(
-            rounded,
-            residual,
-            gains,
-            added_out,
-            out,
-            q_out,
-            scale_out,
-            eps,
-            row,
-            at,
-            inside,
-            H,
-            BLOCK,
-        )
+            rounded, residual, gains, added_out, out, q_out, scale_out, eps,
+            row, at, inside, H, BLOCK,
+        )  # fmt: skip
     else:
         store_sum(out, extra, total, row, at, inside, H, EXTRA)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def fixed(  # type: ignore[no-untyped-def]
-    y, place_in, weights, ranges, extra, out, large_out, residual, gain, added_out, q_out, scale_out, eps,
+    y, place_in, weights, ranges, extra, out, large_out,
+    residual, gain, added_out, q_out, scale_out, eps,
     LIMIT: tl.constexpr, WHOLE: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
     EXTRA: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
@@ -113,20 +104,9 @@ def fixed(  # type: ignore[no-untyped-def]
             rounded = tl.load(out + row * H + at, mask=inside, other=0.0)
             tl.debug_barrier()
         _store_norm(
-            rounded,
-            residual,
-            gains,
-            added_out,
-            out,
-            q_out,
-            scale_out,
-            eps,
-            row,
-            at,
-            inside,
-            H,
-            BLOCK,
-        )
+            rounded, residual, gains, added_out, out, q_out, scale_out, eps,
+            row, at, inside, H, BLOCK,
+        )  # fmt: skip
     elif WHOLE:
         if is_large:
             _fixed_row(y, place_in, weights, ranges, extra, out, row, LIMIT, H, K, BLOCK, EXTRA)

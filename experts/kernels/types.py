@@ -34,6 +34,11 @@ class QuantizedRows:
         )
 
 
+def parts_of(rows: QuantizedRows | None) -> tuple[Tensor | None, Tensor | None]:
+    """(q, scale) for a kernel that may have such rows, or not."""
+    return (None, None) if rows is None else (rows.q_RH, rows.scale_RB)
+
+
 class NormedRows(NamedTuple):
     """Rows that a norm made: x_RH bf16, and the same quantised where matrices of FP8 read them."""
 

@@ -18,7 +18,7 @@ from cluster.model.cuda.rotate import RopeTable, gqa_write, mla_write
 from experts.kernels.early import early, let_next_start, wait_for_inputs
 from experts.kernels.norm import normed
 from experts.kernels.quantize import store_quantized
-from experts.kernels.types import QuantizedRows
+from experts.kernels.types import QuantizedRows, parts_of
 
 __all__ = [
     "RopeTable",
@@ -76,9 +76,7 @@ def _launch_norm(
     if num_rows:
         block = triton.next_power_of_2(channels)
         _rms_norm[(num_rows,)](
-            x_TH, residual_TH, weight, out, sums,
-            None if quantized is None else quantized.q_RH,
-            None if quantized is None else quantized.scale_RB, x_TH.stride(0), eps,
+            x_TH, residual_TH, weight, out, sums, *parts_of(quantized), x_TH.stride(0), eps,
             H=channels, BLOCK=block, num_warps=min(8, max(1, block // 512)),
             enable_fp_fusion=False, **early(x_TH.device),
         )  # fmt: skip
