@@ -9,6 +9,7 @@ from cluster.model.checkpoint import Checkpoint
 from cluster.model.config import ModelConfig
 from cluster.model.cuda.gains import expert_gain
 from cluster.model.cuda.inputs import StepInputs, spare_slot
+from cluster.model.cuda.random_weights import RandomWeights
 from cluster.model.cuda.transformer import CudaTransformer
 from cluster.model.loader import Loader
 from experts.gains import expert_gains
@@ -80,6 +81,21 @@ def test_gains_are_those_of_the_cpu(tiny_checkpoint):
             for s in range(slots.num_slots)
         ]
         assert found == expert_gains(slots, layer.mlp_norm.weight).tolist()
+
+
+def test_gains_are_of_the_norm_that_the_layer_has(tiny_checkpoint):
+    """Also where a source draws its weights anew each time that it is asked."""
+    config, groups = ModelConfig.from_dir(tiny_checkpoint("deepseek_v3_qlora")), solo_groups()
+    placement = Placement.contiguous(config.num_moe_layers, config.num_experts, 1)
+    source, fixed = RandomWeights(config, CPU), CommsConfig(combine="fixed")
+    model = CudaTransformer.build(source, groups, placement, fixed, device=CPU, ops=PlainOps())
+    for idx in config.moe_layers:
+        layer, slots = model.layers[idx], model.layers[idx].mlp.slots
+        expected = [
+            expert_gain(*slots.matrices(slot), layer.mlp_norm.weight)
+            for slot in range(slots.num_slots)
+        ]
+        assert layer.mlp.gains_E.tolist() == expected
 
 
 def test_tokens_outside_the_vocabulary_are_refused(tiny_checkpoint):

@@ -24,7 +24,6 @@ from cluster.model.cuda.weights import Matrix, Norm
 from cluster.model.mla import MlaAttention
 from cluster.model.norm import RmsNorm
 from comms.groups import ParallelGroups
-from experts.kernels.types import BLOCK
 from experts.mlp import GatedMLP
 from router.gate import Gate
 from router.placement import Placement
@@ -77,16 +76,19 @@ class Builder:
         """The output projection stays in bfloat16; the embedding itself where they are tied."""
         return self._source.head(embedding).to(self.device)
 
-    def norm(self, name: str, *, float8: bool = False) -> Norm:
-        return self._norm(self._source.norm(name), float8=float8)
+    def norm(self, name: str) -> Norm:
+        return self._norm(self._source.norm(name))
 
     def layer(self, idx: int) -> CudaLayer:
+        mlp_norm = self.norm(f"layers.{idx}.post_attention_layernorm")
+        attention_norm = self.norm(f"layers.{idx}.input_layernorm")
         attention = self._attention(self._source.attention(idx))
-        mlp = self._experts(idx) if idx in self.config.moe_layers else self._dense(idx)
+        has_experts = idx in self.config.moe_layers
+        mlp = self._experts(idx, mlp_norm) if has_experts else self._dense(idx)
         return CudaLayer(
-            attention_norm=self.norm(_before_attention(idx), float8=attention.reads_float8),
+            attention_norm=attention_norm.for_matrices(float8=attention.reads_float8),
             attention=attention,
-            mlp_norm=self.norm(_before_mlp(idx), float8=mlp.reads_float8),
+            mlp_norm=mlp_norm.for_matrices(float8=mlp.reads_float8),
             mlp=mlp,
             replica=self._replica,
         )
@@ -102,12 +104,14 @@ class Builder:
                 k_norm=module.k_norm and self._norm(module.k_norm),
                 ops=self._ops,
             )
-        w_q_up = None if module.w_q_up is None else self._matrix(module.w_q_up)
-        float8 = w_q_up is not None and w_q_up.is_float8
+        w_q_up, q_norm = None, None
+        if module.w_q_up is not None and module.q_norm is not None:
+            w_q_up = self._matrix(module.w_q_up)
+            q_norm = self._norm(module.q_norm).for_matrices(float8=w_q_up.is_float8)
         return CudaMla(
             config=module.config,
             w_down=self._matrix(module.w_down),
-            q_norm=None if module.q_norm is None else self._norm(module.q_norm, float8=float8),
+            q_norm=q_norm,
             w_q_up=w_q_up,
             latent_norm=self._norm(module.latent_norm),
             w_uk_NCM=module.w_uk_NCM.to(self.device),
@@ -121,7 +125,7 @@ class Builder:
         local = DenseMlp(w13=self._matrix(mlp.w13), w2=self._matrix(mlp.w2), ops=self._ops)
         return self._replica.divided(local)
 
-    def _experts(self, idx: int) -> ExpertLayer:
+    def _experts(self, idx: int, norm: Norm) -> ExpertLayer:
         config, source = self.config, self._source
         moe_idx = config.moe_layers.index(idx)
         slots = DeviceSlots(
@@ -145,13 +149,12 @@ class Builder:
             self._placement.layer(moe_idx),
             self._leader,  # copies of an expert are chosen alike for all rows of a replica
             None if shared is None else (self._matrix(shared.w13), self._matrix(shared.w2)),
-            self._gains(idx, slots) if self._sums_in_integers else None,
+            self._gains(moe_idx, slots, norm) if self._sums_in_integers else None,
             self._exchange,
         )
 
-    def _gains(self, idx: int, slots: DeviceSlots) -> Tensor:
+    def _gains(self, moe_idx: int, slots: DeviceSlots, norm: Norm) -> Tensor:
         """Of all experts. Collective: each rank measures its own."""
-        norm, moe_idx = self.norm(_before_mlp(idx)), self.config.moe_layers.index(idx)
         mine_S = torch.zeros(slots.num_slots)
         for slot in self._placement.experts_of_rank(moe_idx, self._rank):
             mine_S[slot] = expert_gain(*slots.matrices(slot), norm.weight)
@@ -165,14 +168,5 @@ class Builder:
     def _matrix(self, w_OI: Tensor) -> Matrix:
         return Matrix.of(w_OI, float8=self._float8, device=self.device)
 
-    def _norm(self, norm: RmsNorm, *, float8: bool = False) -> Norm:
-        float8 = float8 and len(norm.weight) % BLOCK == 0
-        return Norm(norm.weight.to(self.device), norm.eps, float8)
-
-
-def _before_attention(idx: int) -> str:
-    return f"layers.{idx}.input_layernorm"
-
-
-def _before_mlp(idx: int) -> str:
-    return f"layers.{idx}.post_attention_layernorm"
+    def _norm(self, norm: RmsNorm) -> Norm:
+        return Norm(norm.weight.to(self.device), norm.eps)

@@ -5,13 +5,14 @@ Legend: O out-features, I in-features, P and Q blocks of O and of I.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cluster.model.norm import RmsNorm
 from experts.float8 import BlockScaled, as_float8, multiplies_float8, plain
+from experts.kernels.types import BLOCK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +55,7 @@ class Norm(RmsNorm):
     """`float8`: the matrices that read its rows are, so they are quantised in the same launch."""
 
     float8: bool = False
+
+    def for_matrices(self, *, float8: bool) -> Norm:
+        """Of FP8 or not; rows that are no multiple of 128 channels are never quantised here."""
+        return replace(self, float8=float8 and len(self.weight) % BLOCK == 0)
