@@ -48,7 +48,7 @@ def fixed_sum(y_PH: Tensor, pairs: Pairs, range_R: Tensor) -> Tensor:
     fp32; one that is not positive and finite refuses its pairs.
     """
     num_rows, num_topk, hidden = pairs.num_rows, pairs.num_topk, y_PH.shape[1]
-    limit = _greatest_summand(num_topk)
+    limit = greatest_summand(num_topk)
     rows_P = torch.from_numpy(pairs.rows_P)
     factors_P = torch.from_numpy(_factors(pairs, range_R.numpy(), y_PH.dtype))
     refused_R = torch.zeros(num_rows, dtype=torch.int32)
@@ -179,6 +179,6 @@ def _peak(x_VH: Tensor) -> float:
     return float(max(-array.min(), array.max()))
 
 
-def _greatest_summand(num_topk: int) -> float:
+def greatest_summand(num_topk: int) -> float:
     """The greatest fp32 number of which num_topk are still below 2^31."""
     return float(np.nextafter(np.float32(2**31 / num_topk), np.float32(0)))

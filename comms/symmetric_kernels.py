@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from comms.fixed import greatest_summand
 from comms.kernels.combine import combine_rows
 from comms.kernels.dispatch import dispatch_rows, wait_for_rows
 from comms.kernels.forward import forward_rows
@@ -60,7 +60,7 @@ class ExchangeKernels:
         # What each program of a dispatch and of a combine keeps, by buffer: see `comms/kernels/signals.py`.
         state = (2, BUFFERS, STATE_WORDS, PROGRAMS)
         self._state = torch.zeros(state, dtype=torch.int64, device=self.device)
-        self._limit = float(np.nextafter(np.float32(2**31 / layout.num_topk), np.float32(0)))
+        self._limit = greatest_summand(layout.num_topk)
         self._sizes = {
             "WORLD": layout.world_size,
             "H": layout.hidden,

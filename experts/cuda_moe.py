@@ -149,16 +149,16 @@ class CudaMoELayer:
         self, x: Tensor | NormedRows, num_tokens: Tensor | None = None
     ) -> Tensor | Unsummed:
         """`forward` but for the weighted sum, where that is the last that there is to do."""
-        x_TH, quantized = (x, None) if isinstance(x, Tensor) else x
-        quantizes = self.reads_float8 and quantized is None
+        rows = NormedRows(x) if isinstance(x, Tensor) else x
+        x_TH = rows.x_RH
+        quantizes = self.reads_float8 and rows.quantized is None
         has_more = quantizes or self.shared_expert is not None
         aside = Aside(x_TH.device, on=has_more and 0 < len(x_TH) <= _OVERLAPPED)
         with aside:
             if quantizes:
-                quantized = quantize(x_TH)
+                rows = NormedRows(x_TH, quantize(x_TH))
             ready = aside.mark()
-            rows = quantized or x_TH
-            shared_TH = self._shared(x_TH, rows)
+            shared_TH = self._shared(rows)
         choice = self.choose(x_TH, num_tokens)
         # Of all tokens' pairs, about as many are for this rank's experts as its own tokens have.
         compute = partial(self.compute, expected_pairs=choice.ids_TK.numel())
@@ -169,7 +169,8 @@ class CudaMoELayer:
         if quantizes:
             aside.join(ready)
         assert choice.slots_TK is not None
-        y_PH, pairs = compute(rows, choice.slots_TK)
+        of_experts = rows.for_matrix(float8=self.slots.experts.is_float8)
+        y_PH, pairs = compute(of_experts, choice.slots_TK)
         aside.join()
         return Unsummed(
             y_PH=y_PH, pairs=pairs, weights_RK=choice.weights_TK,
@@ -212,11 +213,11 @@ class CudaMoELayer:
         has_float8 = routed or (shared is not None and shared.is_float8)
         return has_float8 and multiplies_float8(self.gate.weight_EH.device)
 
-    def _shared(self, x_TH: Tensor, rows: Rows) -> Tensor | None:
+    def _shared(self, rows: NormedRows) -> Tensor | None:
         shared = self.shared_expert
-        if shared is None or not len(x_TH):
+        if shared is None or not len(rows.x_RH):
             return None
-        return shared(rows if shared.is_float8 else x_TH)
+        return shared(rows.for_matrix(float8=shared.is_float8))
 
     def choose(self, x_TH: Tensor, num_tokens: Tensor | None = None) -> Choice:
         """The gate's choice for these rows, counted."""

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
+from comms.fixed import greatest_summand
 from experts.kernels.combine_kernels import exact, fixed, fixed_large
 from experts.kernels.early import early
 from experts.kernels.types import QuantizedRows, SortedPairs, parts_of
@@ -115,7 +115,7 @@ def _launch(sums: Unsummed, norm: Norm | None) -> Tensor:
     tiles = triton.cdiv(hidden, block)
     sizes = {
         "H": hidden, "K": num_topk, "K_PAD": triton.next_power_of_2(num_topk), "BLOCK": block,
-        "EXTRA": extra_RH is not None, "NORM": norm is not None,
+        "EXTRA": extra_RH is not None,
     }  # fmt: skip
     options = {
         "num_warps": max(1, block // 256), "enable_fp_fusion": False, **early(y_PH.device),
@@ -133,14 +133,8 @@ def _launch(sums: Unsummed, norm: Norm | None) -> Tensor:
     sizes["LIMIT"] = greatest_summand(num_topk)
     fixed[(num_rows, tiles)](*arguments, *then, WHOLE=whole, FEW=_FEW, **sizes, **options)
     if not whole:
-        del sizes["NORM"]
         fixed_large[(triton.cdiv(num_rows, _ROWS),)](
             *arguments, num_rows, ROWS=_ROWS, TILES=tiles,
             TILES_PAD=triton.next_power_of_2(tiles), **sizes, **options,
         )  # fmt: skip
     return out_RH
-
-
-def greatest_summand(num_topk: int) -> float:
-    """The greatest fp32 number of which num_topk are still below 2^31 (as in `comms/fixed.py`)."""
-    return float(np.nextafter(np.float32(2**31 / num_topk), np.float32(0)))

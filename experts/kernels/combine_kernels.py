@@ -27,16 +27,16 @@ def exact(  # type: ignore[no-untyped-def]
     y, place_in, weights, extra, out,
     residual, gain, added_out, q_out, scale_out, eps,
     H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
-    EXTRA: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+    EXTRA: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """NORM: as `fixed` has it."""
+    """residual: as `fixed` has it."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < H
-    gains = _gains(gain, at, inside, NORM)
+    gains = _gains(gain, at, inside)
     wait_for_inputs(EARLY)
     let_next_start(EARLY)
     total = tl.zeros([BLOCK], tl.float32)
-    if _are_few(place_in, row, FEW, K, K_PAD, NORM):
+    if _are_few(place_in, row, residual, FEW, K, K_PAD):
         for k in tl.static_range(K):
             place = tl.load(place_in + row * K + k)
             if place >= 0:
@@ -48,7 +48,7 @@ def exact(  # type: ignore[no-untyped-def]
             here = inside & (place + 0 * at >= 0)
             values = values_of(y, place, at, here, H)
             total += tl.where(here, values * tl.load(weights + row * K + k), 0.0)
-    if NORM:
+    if residual is not None:
         rounded = rounded_sum(extra, total, row, at, inside, H, EXTRA)
         _store_norm(
             rounded, residual, gains, added_out, out, q_out, scale_out, eps,
@@ -64,20 +64,20 @@ def fixed(  # type: ignore[no-untyped-def]
     residual, gain, added_out, q_out, scale_out, eps,
     LIMIT: tl.constexpr, WHOLE: tl.constexpr,
     H: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
-    EXTRA: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+    EXTRA: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Right if no summand is beyond 2^22 steps. `large_out` says where one is, for `fixed_large`; a
-    program that has a WHOLE row sees to it at once. NORM: it also adds the residual stream, to `added_out`,
+    program that has a WHOLE row sees to it at once. With `residual` it also adds that, to `added_out`,
     and `out` is that sum's norm, to `q_out` and `scale_out` also in FP8."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < H
-    gains = _gains(gain, at, inside, NORM)
+    gains = _gains(gain, at, inside)
     wait_for_inputs(EARLY)
     let_next_start(EARLY)
     steps, step = _steps(ranges + row)
     total = tl.zeros([BLOCK], tl.int32)
     peak = tl.zeros([BLOCK], tl.int32)
-    if _are_few(place_in, row, FEW, K, K_PAD, NORM):
+    if _are_few(place_in, row, residual, FEW, K, K_PAD):
         for k in tl.static_range(K):
             place = tl.load(place_in + row * K + k)
             if place >= 0:
@@ -96,7 +96,7 @@ def fixed(  # type: ignore[no-untyped-def]
             total += (scaled + _ROUNDER).to(tl.int32, bitcast=True) - _ROUNDER_BITS
             peak = tl.maximum(peak, scaled.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     is_large = tl.max(peak, 0) > _LARGE_BITS  # a NaN is
-    if NORM:
+    if residual is not None:
         rounded = rounded_sum(extra, total.to(tl.float32) * step, row, at, inside, H, EXTRA)
         if is_large:
             _fixed_row(y, place_in, weights, ranges, extra, out, row, LIMIT, H, K, BLOCK, EXTRA)
@@ -184,11 +184,11 @@ def number_here(place_in, row, K: tl.constexpr, K_PAD: tl.constexpr):  # type: i
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _are_few(  # type: ignore[no-untyped-def]
-    place_in, row, FEW: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, NORM: tl.constexpr
+    place_in, row, residual, FEW: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr
 ):
     """Whether most pairs of the row are elsewhere; who norms is alone, and has them all."""
     few = False
-    if not NORM:
+    if residual is None:
         few = number_here(place_in, row, K, K_PAD) <= FEW
     return few
 
@@ -223,10 +223,10 @@ def rounded_sum(extra, total, row, at, inside, H: tl.constexpr, EXTRA: tl.conste
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _gains(gain, at, inside, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gains(gain, at, inside):  # type: ignore[no-untyped-def]
     """Of the norm: nobody writes them, they are read before the kernel ahead has ended."""
     gains = at
-    if NORM:
+    if gain is not None:
         gains = tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
     return gains
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from comms.group import Group
+from comms.symmetric_layout import SymmetricLayout
 from simulations.bench.exchange_ways import Dispatcher, Ways
 from simulations.bench.exchange_workload import RankTensors
 from simulations.hardware.gpu_timing import replay_seconds
@@ -33,14 +34,12 @@ def figures(tensors: RankTensors, world: Group, ways: Ways, tokens: int) -> dict
         dispatcher.expect(tokens)
     inputs = tensors.copies(tokens)
     sent = workload.rows_to_peers(tensors.rank, inputs[0].slots_TK)
-    meta = 8 * workload.num_topk
-    wire = {"float8": hidden + hidden // 32 + meta, "bfloat16": 2 * hidden + meta}
     for dispatcher in (ways.float8, ways.bfloat16):
-        dtype = dispatcher.layout.dispatch_dtype
+        layout = dispatcher.layout
         calls: list[Call] = [
             partial(dispatcher.dispatch, *tensors.arguments(x, "node")) for x in inputs
         ]
-        found[f"dispatch_{dtype}"] = timed(world, calls, sent * wire[dtype])
+        found[f"dispatch_{layout.dispatch_dtype}"] = timed(world, calls, sent * _bytes_of(layout))
     for name, dispatcher in (
         ("combine_sums", ways.bfloat16),
         ("combine_pairs", ways.bfloat16),
@@ -62,10 +61,15 @@ def figures(tensors: RankTensors, world: Group, ways: Ways, tokens: int) -> dict
         partial(_round_trip, ways.float8, tensors.arguments(x, "node"), y_PH, places)
         for x in inputs
     ]
-    found["round_trip"] = timed(world, calls, sent * (wire["float8"] + 2 * hidden))
+    found["round_trip"] = timed(world, calls, sent * (_bytes_of(ways.float8.layout) + 2 * hidden))
     for dispatcher in ways.all:
         dispatcher.check()
     return {ways.prefix + name: row for name, row in found.items()}
+
+
+def _bytes_of(layout: SymmetricLayout) -> int:
+    """Of a row on its way, with its slots."""
+    return layout.row_bytes + 4 * layout.num_topk
 
 
 def _round_trip(
