@@ -34,7 +34,7 @@ def test_every_codec_is_measured_on_every_source(report) -> None:
 
 
 @pytest.mark.parametrize("nodes", ["2", "4"])
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", sorted(SOURCES))
 def test_the_associative_sum_is_no_worse_than_bfloat16(report, source, nodes) -> None:
     """With the default margin: smaller errors, within a hundredth of the bytes, nothing refused."""
     ways = report["sums"][source][nodes]
