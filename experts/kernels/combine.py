@@ -51,7 +51,7 @@ def weighted_sum(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Norm:
+class _NormOfSum:
     """What is made of a sum: it is added to residual_RH bf16, and normed with gain_H and eps; the norm is
     also stored to `quantized`, if given."""
 
@@ -88,13 +88,13 @@ class Unsummed:
         if not 0 < num_rows <= _FEW_ROWS or hidden > _WHOLE or not residual_RH.is_contiguous():
             return None
         added_RH = torch.empty_like(residual_RH)
-        norm = Norm(
+        norm = _NormOfSum(
             residual_RH=residual_RH, gain_H=gain_H, eps=eps, added_RH=added_RH, quantized=quantized
         )
         return _launch(self, norm), added_RH
 
 
-def _launch(sums: Unsummed, norm: Norm | None) -> Tensor:
+def _launch(sums: Unsummed, norm: _NormOfSum | None) -> Tensor:
     y_PH, pairs, weights_RK = sums.y_PH, sums.pairs, sums.weights_RK
     range_R, extra_RH = sums.range_R, sums.extra_RH
     num_rows, num_topk = pairs.place_RK.shape

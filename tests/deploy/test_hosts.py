@@ -131,6 +131,7 @@ server:
   admin_token_file: /tmp/admin-token
   tls_cert_file: /tmp/server.pem
   tls_key_file: /tmp/server.key
+  drain_timeout_s: 50
 ray: {{placement_strategy: STRICT_SPREAD, wait_for_hosts_s: 60}}
 """)
     yield file

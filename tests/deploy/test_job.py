@@ -27,7 +27,7 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
         "--disable-usage-stats", f"--temp-dir={directory}",
     ]  # fmt: skip
     with running(command, **environment) as head:
-        address = head.wait_for(r"RAY_API_SERVER_ADDRESS='(http://\S+)'", 60)[1]
+        address = head.wait_for(r"RAY_API_SERVER_ADDRESS='(http://\S+)'", 150)[1]
         yield {**environment, "RAY_ADDRESS": address}
 
 
