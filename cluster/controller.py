@@ -54,6 +54,7 @@ class Controller:
         self._placement_group: PlacementGroup | None = None
         self._workers: list[Any] = []
         self._sentinels: list[asyncio.Future[None]] = []
+        self._watching: asyncio.Task[str | None] | None = None
         self._front: FrontEnd | None = None
         self._rebalancer: Rebalancer | None = None
         self._stopping = False
@@ -87,16 +88,9 @@ class Controller:
 
     async def wait(self) -> None:
         """Return once `stop` has ended the ranks; raise what ended a rank before that."""
-        done, _ = await asyncio.wait(self._sentinels, return_when=asyncio.FIRST_COMPLETED)
-        if self._stopping:
-            await asyncio.wait(self._sentinels, timeout=self._config.server.drain_timeout_s)
-            return
-        failed = next(sentinel for sentinel in self._sentinels if sentinel in done)
-        reason = f"rank {self._sentinels.index(failed)} ended: {_cause(failed)}"
-        logger.error("%s", reason)
-        if self._front:
-            self._front.gateway.fail(reason)
-        raise RuntimeError(reason)
+        assert self._watching is not None, "start comes first"
+        if reason := await asyncio.shield(self._watching):
+            raise RuntimeError(reason)
 
     async def stop(self) -> None:
         """Drain, stop the ranks and give the resources back. Safe to call twice."""
@@ -225,7 +219,20 @@ class Controller:
         tracer = StepTracer([RayRank(worker) for worker in self._workers])
         endpoints = await self._front.start(self._rebalancer, tracer.trace_file)
         gateway.set_ready(True)
+        self._watching = asyncio.create_task(self._watch_ranks(gateway))
         return endpoints
+
+    async def _watch_ranks(self, gateway: Gateway) -> str | None:
+        """Why a rank ended before `stop`, which the requests are told at once, waited for or not."""
+        done, _ = await asyncio.wait(self._sentinels, return_when=asyncio.FIRST_COMPLETED)
+        if self._stopping:
+            await asyncio.wait(self._sentinels, timeout=self._config.server.drain_timeout_s)
+            return None
+        failed = next(sentinel for sentinel in self._sentinels if sentinel in done)
+        reason = f"rank {self._sentinels.index(failed)} ended: {_cause(failed)}"
+        logger.error("%s", reason)
+        gateway.fail(reason)
+        return reason
 
     def _watch_experts(self, model_config: ModelConfig, gateway: Gateway) -> Rebalancer:
         rebalancer = Rebalancer(

@@ -157,3 +157,11 @@ def _describe(pid: int) -> str:
     with contextlib.suppress(psutil.Error):
         return f"{pid}: {' '.join(psutil.Process(pid).cmdline())[:200]}"
     return f"{pid}: ended meanwhile"
+
+
+def workers_below(pid: int) -> list[psutil.Process]:
+    """The rank processes among the descendants of a command."""
+    family = psutil.Process(pid).children(recursive=True)
+    return [
+        process for process in family if "Worker" in process.name() + "".join(process.cmdline())
+    ]

@@ -1,12 +1,13 @@
 """`expertmesh demo` as a newcomer runs it, and as one interrupts it."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.deploy.processes import EXPERTMESH, Traces, running
+from tests.deploy.processes import EXPERTMESH, Traces, running, workers_below
 
 
 def test_demo_shows_text_load_and_traffic_and_leaves_nothing(tmp_path: Path) -> None:
@@ -39,4 +40,15 @@ def test_interrupted_demo_leaves_nothing(moment: str) -> None:
         command.wait_for(moment, 120)
         command.signal(signal.SIGINT)
         assert command.wait(60) == 130, command.output
+    assert Traces.now().left_since(before) == {}
+
+
+def test_a_rank_that_dies_is_named_at_once() -> None:
+    """Nobody waits for the cluster's end here; silence alone would be told after a minute."""
+    before = Traces.now()
+    with running([EXPERTMESH, "demo"]) as command:
+        command.wait_for("ready after", 120)
+        workers_below(command.process.pid)[1].kill()
+        assert command.wait(50) == 1, command.output
+    assert re.search(r"rank \d ended", command.output.replace("\n", " "))
     assert Traces.now().left_since(before) == {}

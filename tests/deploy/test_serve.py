@@ -17,7 +17,7 @@ from cluster.server.errors import Code, RequestError
 from cluster.worker import NICENESS
 from deploy.settings import BUNDLED_MODELS
 from tests.deploy.conftest import START_TIMEOUT_S
-from tests.deploy.processes import EXPERTMESH, Command, Traces, running
+from tests.deploy.processes import EXPERTMESH, Command, Traces, running, workers_below
 
 PROMPT = "It was a bright cold morning, and"
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
@@ -161,11 +161,3 @@ def test_lost_rank_ends_the_cluster_by_name_and_leaves_nothing() -> None:
         assert command.wait(60) == 1, command.output
         assert "the cluster failed: rank" in command.output
     assert Traces.now().left_since(before) == {}
-
-
-def workers_below(pid: int) -> list[psutil.Process]:
-    """The rank processes among the descendants of a command."""
-    family = psutil.Process(pid).children(recursive=True)
-    return [
-        process for process in family if "Worker" in process.name() + "".join(process.cmdline())
-    ]
